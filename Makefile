@@ -1,0 +1,36 @@
+# Everything a user or a developer runs. Needs Python 3.11 or newer and make; all else goes into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test check bench proto clean
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/holdfast demo --kill trainer --kills 3 --ranks 2
+
+test: setup
+	$(BIN)/python -m pytest -n 2 -q
+
+# mypy wants the package under its own name, whatever the folder of this clone is called.
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p .build && ln -sfn .. .build/holdfast
+	cd .build && MYPYPATH=.:holdfast/tests ../$(BIN)/mypy --config-file ../pyproject.toml -p holdfast
+
+bench: setup
+	$(BIN)/python benchmarks/capture.py
+
+proto: setup
+	mkdir -p .build && ln -sfn .. .build/holdfast
+	cd .build && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. holdfast/agent/wire.proto
+
+clean:
+	rm -rf .venv .build build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

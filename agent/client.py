@@ -1,0 +1,202 @@
+"""How trainers and tools talk to an agent. Synchronous; no method here blocks without a deadline."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Final, TypeVar
+
+# A trainer forks data loader workers. They never talk to the agent, and gRPC's own fork handlers only get in the way.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
+
+import grpc
+from google.protobuf.message import Message
+
+from ..errors import AgentError, AgentUnreachable, DeadlinePassed, HoldfastError, every_error
+from ..snapshot.arena import Place
+from . import wire_pb2 as wire
+from .settings import PROTOCOL, NodeSettings, check_owner
+
+_log = logging.getLogger(__name__)
+_SERVICE: Final = "holdfast.v1.Agent"
+_OPTIONS: Final = [
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.max_send_message_length", 64 << 20),
+    ("grpc.enable_http_proxy", 0),
+]
+Reply = TypeVar("Reply", bound=Message)
+
+
+class AgentClient:
+    """Questions to one agent, over its Unix socket or its TCP address. A context manager."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self._channel = grpc.insecure_channel(target, options=_OPTIONS)
+
+    @classmethod
+    def at(cls, settings: NodeSettings) -> AgentClient:
+        """The agent of this node and job. Raises ``AgentUntrusted`` if the socket is somebody else's."""
+        return cls(_own_socket(settings))
+
+    def status(self, timeout_s: float = 5.0) -> wire.StatusReport:
+        """All there is to know about the agent."""
+        return self._ask("Status", wire.Nothing(), wire.StatusReport, timeout_s)
+
+    def inventory(self, timeout_s: float = 30.0) -> wire.ImageList:
+        """Every sealed image the agent holds."""
+        return self._ask("Inventory", wire.Nothing(), wire.ImageList, timeout_s)
+
+    def inspect(self, run: str, step: int, timeout_s: float = 600.0) -> wire.Inspection:
+        """One snapshot, read in full by the agent. Raises ``SnapshotUnknown``."""
+        return self._ask("Inspect", wire.InspectRequest(run=run, step=step), wire.Inspection, timeout_s)
+
+    def _ask(self, method: str, request: Message, reply: type[Reply], timeout_s: float) -> Reply:
+        call = self._channel.unary_unary(
+            f"/{_SERVICE}/{method}",
+            request_serializer=lambda message: message.SerializeToString(),
+            response_deserializer=reply.FromString,
+        )
+        try:
+            answer: Reply = call(request, timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise _translated(error, f"{method} of the agent at {self.target}", timeout_s) from error
+        return answer
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._channel.close()
+
+    def __enter__(self) -> AgentClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Attachment:
+    """One rank's stream to its agent.
+
+    ``send`` never blocks. What the agent says is handed to *hear*, on a thread of this class; when the stream ends,
+    *lost* is called there, once, with the reason.
+    """
+
+    def __init__(
+        self,
+        settings: NodeSettings,
+        hello: wire.Hello,
+        *,
+        hear: Callable[[wire.FromAgent], None],
+        lost: Callable[[HoldfastError], None],
+        timeout_s: float,
+    ) -> None:
+        self._hear = hear
+        self._lost = lost
+        self._outbox: queue.SimpleQueue[wire.FromTrainer | None] = queue.SimpleQueue()
+        self._closing = False
+        self._what = f"Attach of rank {hello.rank} to the agent at {settings.socket}"
+        self._channel = grpc.insecure_channel(_own_socket(settings), options=_OPTIONS)
+        call = self._channel.stream_stream(
+            f"/{_SERVICE}/Attach",
+            request_serializer=lambda message: message.SerializeToString(),
+            response_deserializer=wire.FromAgent.FromString,
+        )
+        self.send(wire.FromTrainer(hello=hello))
+        self._stream: Any = call(self._outgoing())
+        self.welcome = self._first(timeout_s)
+        self._thread = threading.Thread(target=self._listen, name="holdfast-listen", daemon=True)
+        self._thread.start()
+
+    def send(self, message: wire.FromTrainer) -> None:
+        """Queue *message*; after the stream has ended, this does nothing."""
+        self._outbox.put(message)
+
+    def close(self, timeout_s: float = 2.0) -> None:
+        """Say goodbye, and wait until it was heard."""
+        self._closing = True
+        self.send(wire.FromTrainer(goodbye=wire.Goodbye()))
+        self._outbox.put(None)
+        self._thread.join(timeout_s)
+        self._channel.close()
+        self._thread.join(timeout_s)
+
+    def _outgoing(self) -> Iterator[wire.FromTrainer]:
+        while (message := self._outbox.get()) is not None:
+            yield message
+
+    def _first(self, timeout_s: float) -> wire.Welcome:
+        """The answer to Hello. The stream as a whole has no deadline, so a timer gives one to this wait."""
+        timer = threading.Timer(timeout_s, self._stream.cancel)
+        timer.daemon = True
+        timer.start()
+        try:
+            answer: wire.FromAgent = next(self._stream)
+        except StopIteration:
+            raise AgentUnreachable(f"{self._what}: the agent ended the stream") from None
+        except grpc.RpcError as error:
+            self._outbox.put(None)
+            self._channel.close()
+            raise _translated(error, self._what, timeout_s) from error
+        finally:
+            timer.cancel()
+        return answer.welcome
+
+    def _listen(self) -> None:
+        reason: HoldfastError = AgentUnreachable(f"{self._what}: the agent ended the stream")
+        try:
+            for message in self._stream:
+                self._hear(message)
+        except grpc.RpcError as error:
+            reason = _translated(error, self._what, 0.0)
+        self._outbox.put(None)
+        if not self._closing:
+            self._lost(reason)
+
+
+def hello(
+    settings: NodeSettings, version: str, *, rank: int, world: int, slots: int, image_bytes: int, table_bytes: int
+) -> wire.Hello:
+    """The first message of a trainer."""
+    return wire.Hello(
+        protocol=PROTOCOL,
+        version=version,
+        job=settings.job,
+        rank=rank,
+        world=world,
+        pid=os.getpid(),
+        slots=slots,
+        image_bytes=image_bytes,
+        table_bytes=table_bytes,
+    )
+
+
+def place_of(slot: wire.SlotPlace, rank: int) -> Place:
+    """A slot's place as the agent told it."""
+    return Place(slot.path, rank, slot.index, slot.table_bytes, slot.image_bytes)
+
+
+def _own_socket(settings: NodeSettings) -> str:
+    try:
+        check_owner(settings.socket)
+    except FileNotFoundError as error:
+        raise AgentUnreachable(f"no agent: {settings.socket} does not exist (job {settings.job!r})") from error
+    return f"unix:{settings.socket}"
+
+
+def _translated(error: grpc.RpcError, what: str, timeout_s: float) -> HoldfastError:
+    """Our error for gRPC's: the one the agent raised, if it raised one."""
+    code, details = error.code(), error.details() or ""
+    if code is grpc.StatusCode.FAILED_PRECONDITION:
+        try:
+            document = json.loads(details)
+            kind = next(k for k in every_error() if k.__name__ == document["error"])
+            return kind(document["message"])
+        except (ValueError, KeyError, TypeError, StopIteration):
+            return AgentError(f"{what}: {details}")
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED or (code is grpc.StatusCode.CANCELLED and timeout_s):
+        return DeadlinePassed(f"{what}: no answer within {timeout_s:g} s")
+    return AgentUnreachable(f"{what}: {details or code.name.lower()}")

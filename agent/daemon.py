@@ -1,0 +1,162 @@
+"""The agent's process: one per job and node, found by its socket, alone by its lock, ending cleanly."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import ipaddress
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import grpc
+
+from ..crashpoints import reach
+from ..errors import AgentError, ConfigError
+from .arenas import Arenas
+from .budget import measure
+from .service import MESSAGE_BYTES, AgentService
+from .settings import NodeSettings, prepare_folder
+
+_log = logging.getLogger(__name__)
+_IDLE_CHECK_S: Final = 1.0
+_GRACE_S: Final = 5.0  # for calls under way when the agent is asked to end
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonOptions:
+    """How one agent runs.
+
+    Attributes:
+        name: what it calls itself in reports.
+        listen: ``host:port`` for questions from other nodes and tools; port 0 picks one. Loopback only.
+        memory_limit_bytes: most shared memory for all ranks of this node, None for what the node has.
+        idle_exit_s: with nobody attached and no snapshot that matters, end after this time; None never.
+        keep_s: how long snapshots matter whose trainers died and did not come back; None forever.
+    """
+
+    name: str
+    listen: str = "127.0.0.1:0"
+    memory_limit_bytes: int | None = None
+    idle_exit_s: float | None = 300.0
+    keep_s: float | None = 24 * 3600.0
+
+
+def run(settings: NodeSettings, options: DaemonOptions, version: str) -> None:
+    """Serve until SIGTERM, SIGINT or idleness. Prints the ready line once trainers can attach.
+
+    Raises:
+        AgentError: another agent holds the folder.
+        ConfigError: an address or folder that cannot be used.
+    """
+    host, port = _loopback(options.listen)
+    os.umask(0o077)
+    prepare_folder(settings.shm)
+    with contextlib.suppress(OSError):
+        os.nice(5)  # training comes first
+    with _sole_agent(settings):
+        asyncio.run(_serve(settings, options, version, f"{host}:{port}"))
+
+
+async def _serve(settings: NodeSettings, options: DaemonOptions, version: str, listen: str) -> None:
+    arenas = Arenas(settings, options.name, options.memory_limit_bytes, measure)
+    for record in arenas.adopt():
+        _log.info("adopted %s of rank %d", record.id, record.rank)
+    reach("adopt.scanned")
+    service = AgentService(options.name, version, settings, arenas)
+    settings.socket.unlink(missing_ok=True)  # the lock is ours, so whoever bound it is gone
+    limits = [("grpc.max_receive_message_length", MESSAGE_BYTES), ("grpc.max_send_message_length", MESSAGE_BYTES)]
+    near, far = grpc.aio.server(options=limits), grpc.aio.server(options=limits)
+    near.add_generic_rpc_handlers((service.handlers(trainers=True),))
+    far.add_generic_rpc_handlers((service.handlers(trainers=False),))
+    near.add_insecure_port(f"unix:{settings.socket}")
+    service.listen = f"{listen.rpartition(':')[0]}:{far.add_insecure_port(listen)}"
+    await near.start()
+    await far.start()
+    _say_ready(settings, options, service)
+    removing = await _until_done(service, options)
+    # Trainers see the stream end and keep training; what they had fenced is sealed before we go.
+    await asyncio.gather(near.stop(_GRACE_S if removing else 0), far.stop(0))
+    await service.quiesce()
+    if removing:
+        arenas.remove()
+    arenas.close()
+    _log.info("agent %s ends", options.name)
+
+
+async def _until_done(service: AgentService, options: DaemonOptions) -> bool:
+    """Wait for a signal (False) or for idleness (True: nobody wants the snapshots any more)."""
+    asked = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, asked.set)
+    while not asked.is_set():
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asked.wait(), _IDLE_CHECK_S)
+            return False
+        patience_s = options.keep_s if service.snapshots_matter else options.idle_exit_s
+        if patience_s is not None and service.idle_s > patience_s:
+            _log.info("nobody has been attached for %.0f s; giving the memory back", service.idle_s)
+            return True
+    return False
+
+
+def _say_ready(settings: NodeSettings, options: DaemonOptions, service: AgentService) -> None:
+    (settings.shm / "agent.pid").write_text(f"{os.getpid()}\n")
+    line = f"holdfast agent {options.name} ready job={settings.job} socket={settings.socket} listen={service.listen} "
+    sys.stdout.write(f"{line}shm={settings.shm} pid={os.getpid()}\n")
+    sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _sole_agent(settings: NodeSettings) -> Iterator[None]:
+    """Hold the folder's lock. The kernel drops it with the process, however that ends."""
+    with (settings.shm / "agent.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise AgentError(f"another agent already serves {settings.shm} (it holds {lock.name})") from None
+        yield
+
+
+def _loopback(listen: str) -> tuple[str, int]:
+    host, _, port = listen.rpartition(":")
+    try:
+        address = ipaddress.ip_address(host.strip("[]") if host != "localhost" else "127.0.0.1")
+        number = int(port)
+    except ValueError as error:
+        raise ConfigError(f"--listen {listen!r}: an address and a port are needed, like 127.0.0.1:0") from error
+    if not address.is_loopback:
+        raise ConfigError(f"--listen {listen}: without TLS only loopback addresses are served")
+    return (f"[{address}]" if address.version == 6 else str(address)), number
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object per log record: time (s since the epoch), level, logger, message, and the exception if any."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry = {
+            "time_s": round(record.created, 6),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry)
+
+
+def configure_logging(style: str, level: int = logging.INFO) -> None:
+    """Log to standard error, as ``text`` or ``json``."""
+    handler = logging.StreamHandler()
+    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    text.converter = time.gmtime
+    handler.setFormatter(JsonLines() if style == "json" else text)
+    logging.basicConfig(level=level, handlers=[handler], force=True)

@@ -1,0 +1,58 @@
+"""Named places at which a process can be told to die, so that tests can kill it between any two lines that matter.
+
+``HOLDFAST_CRASH="seal.before-record=3,..."`` makes the third arrival at that place SIGKILL the process: nothing is
+flushed, unwound or handed over, exactly as in a real kill. Without the variable, ``reach`` is one falsy test.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Final
+
+PLACES: Final = frozenset(
+    {
+        "capture.before-open",  # trainer: decided to snapshot; the old slot is still sealed
+        "capture.opened",  # trainer: the slot is unsealed, nothing is copied yet
+        "capture.inside-copy",  # trainer: some of the lazy tensors are copied
+        "capture.copied",  # trainer: all is copied, the agent does not know
+        "fence.before-commit",  # trainer: torn-copy check passed, commit word not yet stored
+        "fence.committed",  # trainer: commit word stored, the agent not yet told
+        "seal.before-tables",  # agent: image checksummed, nothing of it written
+        "seal.before-record",  # agent: tables written, record not
+        "seal.after-record",  # agent: record written, trainer not told
+        "seal.before-commit",  # agent: about to commit on the trainer's behalf
+        "adopt.scanned",  # agent: slots of a predecessor found, none served yet
+        "attach.reserved",  # agent: a slot file exists, its memory does not yet
+        "restore.planned",  # trainer: every rank knows the plan, nothing is applied
+        "restore.inside-apply",  # trainer: some live tensors are overwritten
+        "restore.applied",  # trainer: all is applied, newer leftovers not yet discarded
+    }
+)
+
+
+def _parse(text: str) -> dict[str, int]:
+    wanted: dict[str, int] = {}
+    for item in filter(None, text.split(",")):
+        place, _, count = item.partition("=")
+        if place not in PLACES:
+            raise ValueError(f"HOLDFAST_CRASH names {place!r}; known places: {', '.join(sorted(PLACES))}")
+        wanted[place] = int(count or 1)
+    return wanted
+
+
+_armed: dict[str, int] = _parse(os.environ.get("HOLDFAST_CRASH", ""))
+
+
+def arm(text: str) -> None:
+    """Replace what the environment asked for. For processes that are forked, not started."""
+    _armed.clear()
+    _armed.update(_parse(text))
+
+
+def reach(place: str) -> None:
+    """Note that *place* is reached; die here if this is the arrival that was asked for."""
+    if _armed and place in _armed:
+        _armed[place] -= 1
+        if _armed[place] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)

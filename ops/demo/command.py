@@ -1,0 +1,184 @@
+"""``holdfast demo`` as the command line offers it. Light to import: torch, rich and the driver come in when it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from .schedule import Progress, Target
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .driver import Outcome, Plan, Watch
+
+_RUNS: Final = ("reference", "attacked")
+_DIFFERENCES_SHOWN: Final = 10
+
+
+@click.command()
+@click.option("--ranks", type=click.IntRange(1, 64), default=2, show_default=True, help="Training processes.")
+@click.option("--strategy", type=click.Choice(["ddp", "fsdp2"]), default="ddp", show_default=True)
+@click.option("--steps", type=click.IntRange(1), default=200, show_default=True, help="Training steps of each run.")
+@click.option(
+    "--kill",
+    "targets",
+    type=click.Choice([target.value for target in Target]),
+    multiple=True,
+    default=["trainer"],
+    show_default=True,
+    help="What to SIGKILL: every rank, one random rank, the agent, or ranks and agent at once. Several take turns.",
+)
+@click.option("--kills", type=click.IntRange(0), default=3, show_default=True, help="How many kills.")
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Of the training and of the kills.  [default: random]")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default="demo-out", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+@click.option("--plot/--no-plot", default=True, help="Draw the loss curves to OUT/loss.png.  [default: plot]")
+@click.option("--timeout", "timeout_s", type=click.FloatRange(1), default=600, show_default=True, help="In seconds.")
+@click.pass_context
+def demo(
+    context: click.Context,
+    ranks: int,
+    strategy: str,
+    steps: int,
+    targets: tuple[str, ...],
+    kills: int,
+    seed: int | None,
+    out: Path,
+    as_json: bool,
+    plot: bool,
+    timeout_s: float,
+) -> None:
+    """Train a small GPT, kill it at random instants, and compare it bit for bit with a run left in peace.
+
+    Exits with 0 only if every loss of every rank, and the final state, are those of the undisturbed run.
+    """
+    from .driver import Plan, run_demo
+
+    plan = Plan(
+        ranks=ranks,
+        strategy=strategy,
+        steps=steps,
+        targets=[Target(target) for target in targets],
+        kills=kills,
+        seed=secrets.randbelow(2**31) if seed is None else seed,
+        out=out,
+        timeout_s=timeout_s,
+    )
+    if plot:
+        from .plot import check_plotting
+
+        check_plotting()
+    began = time.monotonic()
+    with _progress(plan, quiet=as_json) as watch:
+        outcome = run_demo(plan, watch)
+    report = _report(plan, outcome, time.monotonic() - began)
+    if plot:
+        report["plot"] = str(_plot(plan, outcome))
+    out.joinpath("verdict.json").write_text(json.dumps(report, indent=2))
+    if as_json:
+        click.echo(json.dumps(report))
+    else:
+        _show(plan, outcome, report)
+    context.exit(0 if outcome.verdict.bit_exact and report["kills"] == kills else 1)
+
+
+def _report(plan: Plan, outcome: Outcome, wall_s: float) -> dict[str, Any]:
+    finals = [record.final or {} for record in outcome.attacked]
+    return {
+        **outcome.verdict.summary(),
+        "kills_wanted": plan.kills,
+        "seed": plan.seed,
+        "steps": plan.steps,
+        "ranks": plan.ranks,
+        "strategy": plan.strategy,
+        "relaunches": outcome.relaunches,
+        "skipped": finals[0].get("skipped", {}),
+        "wall_s": round(wall_s, 1),
+    }
+
+
+def _plot(plan: Plan, outcome: Outcome) -> Path:
+    from .plot import draw
+
+    path = plan.out / "loss.png"
+    title = f"holdfast demo: {plan.ranks} ranks, {plan.strategy}, seed {plan.seed}"
+    draw(outcome.reference[0], outcome.attacked[0], outcome.verdict, path, title=title)
+    return path
+
+
+@contextlib.contextmanager
+def _progress(plan: Plan, *, quiet: bool) -> Iterator[Watch]:
+    """A live line per run on the terminal; nothing if *quiet*."""
+    if quiet:
+        yield lambda _run, _progress, _kills: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Display
+
+    columns = [
+        TextColumn("{task.description:9}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[news]:28}"),
+        TimeElapsedColumn(),
+    ]
+    names = ", ".join(target.value for target in plan.targets)
+    with Display(*columns) as display:
+        display.console.print(f"seed {plan.seed}: {plan.ranks} ranks ({plan.strategy}), {plan.kills} kills ({names})")
+        tasks = {name: display.add_task(name, total=plan.steps, start=False, news="") for name in _RUNS}
+
+        def watch(run: str, progress: Progress, kills: int) -> None:
+            news = "starting" if progress.loss is None else f"loss {progress.loss:.4f}"
+            news += f"  kills {kills}" if run == "attacked" else ""
+            display.start_task(tasks[run])
+            display.update(tasks[run], completed=progress.step, news=news)
+
+        yield watch
+
+
+def _show(plan: Plan, outcome: Outcome, report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title="Kills")
+    for heading in ("#", "killed", "newest step", "restored", "lost steps", "restore s", "kill to next step s"):
+        table.add_column(heading, justify="right")
+    for number, cost in enumerate(outcome.verdict.costs, start=1):
+        table.add_row(
+            str(number),
+            f"{cost.landed.target.value} ({', '.join(cost.landed.victims)})",
+            str(cost.newest_step),
+            "-" if cost.restored_step is None else str(cost.restored_step),
+            str(cost.lost_steps),
+            "-" if cost.restore_s is None else f"{cost.restore_s:.3f}",
+            "-" if cost.recovery_s is None else f"{cost.recovery_s:.2f}",
+        )
+    if outcome.landed:
+        console.print(table)
+    _show_verdict(console, plan, outcome, report)
+
+
+def _show_verdict(console: Console, plan: Plan, outcome: Outcome, report: dict[str, Any]) -> None:
+    verdict = outcome.verdict
+    if report["kills"] < plan.kills:
+        console.print(f"[yellow]The run ended before kill {report['kills'] + 1} of {plan.kills}: give it more --steps.")
+    stall = report["stall_ms"]
+    if stall["median"] is not None:
+        console.print(f"Holdfast's share of a step: median {stall['median']:.3f} ms, longest {stall['max']:.3f} ms")
+    console.print(f"Records in {plan.out}/" + (f", loss curves in {report['plot']}" if "plot" in report else ""))
+    compared = f"{verdict.losses_compared} losses ({verdict.repeated_steps} of repeated steps) and the final state"
+    if verdict.bit_exact:
+        console.print(f"[bold green]Bit-exact:[/] {compared} of {plan.ranks} ranks equal the undisturbed run.")
+        return
+    console.print(f"[bold red]NOT bit-exact:[/] compared {compared}; {len(verdict.differences)} differences:")
+    for text in verdict.differences[:_DIFFERENCES_SHOWN]:
+        console.print(f"  {text}", highlight=False, markup=False)

@@ -1,0 +1,248 @@
+"""Runs the reference, runs the attacked run and kills it as planned, and leaves nothing behind but the records."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import secrets
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final, Self
+
+from ...agent.settings import NodeSettings
+from ...errors import DeadlinePassed, HoldfastError
+from .journal import LOG_NAME, Follower, RankRecord, StepDone, announced, clear, read_run
+from .schedule import Landed, Planned, Progress, Target, advanced, due, plan_kills
+from .verdict import Verdict, judge
+from .victims import Job
+
+POLL_S: Final = 0.005
+SILENCE_S: Final = 90.0
+"""Longest time without a step that is waited for: several times what a restart takes on a busy machine."""
+TORCHRUN_EXIT_S: Final = 15.0
+_FIRST_STEP_S: Final = 0.03
+_SPARE_RESTARTS: Final = 3
+_LOG_LINES: Final = 15
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the user asked for. ``timeout_s`` is for both runs together; *targets* take turns over *kills*."""
+
+    ranks: int
+    strategy: str
+    steps: int
+    targets: Sequence[Target]
+    kills: int
+    seed: int
+    out: Path
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Both runs and the verdict. ``relaunches`` counts how often torchrun gave up and was started again."""
+
+    verdict: Verdict
+    reference: Sequence[RankRecord]
+    attacked: Sequence[RankRecord]
+    landed: Sequence[Landed]
+    relaunches: int
+
+
+Watch = Callable[[str, Progress, int], None]
+"""Called with the name of the run, its progress and the number of kills so far, at every look at it."""
+
+
+def run_demo(plan: Plan, watch: Watch) -> Outcome:
+    """Run *plan*: reference, attack, judgement. Records go to ``plan.out/{reference,attacked}`` and ``kills.json``.
+
+    Raises:
+        ConfigError: the plan cannot be carried out.
+        DeadlinePassed: a run did not end, or made no step, in time.
+        HoldfastError: a run ended by itself, without having been killed.
+    """
+    planned = plan_kills(plan.seed, kills=plan.kills, targets=plan.targets, steps=plan.steps, ranks=plan.ranks)
+    deadline = time.monotonic() + plan.timeout_s
+    with _terminable():
+        with Run(plan, "reference", deadline, protected=False) as reference:
+            while reference.goes_on():
+                watch("reference", reference.progress, 0)
+        with Run(plan, "attacked", deadline, protected=True) as attacked:
+            landed = _attack(attacked, planned, watch)
+    (plan.out / "kills.json").write_text(json.dumps([asdict(kill) for kill in landed], default=lambda kind: kind.value))
+    expected, found = read_run(reference.folder, plan.ranks), read_run(attacked.folder, plan.ranks)
+    return Outcome(judge(expected, found, landed, steps=plan.steps), expected, found, landed, attacked.relaunches)
+
+
+def _attack(run: Run, planned: Sequence[Planned], watch: Watch) -> list[Landed]:
+    """Let *run* go on to its end, and kill as *planned*, each as soon as it is due and its victims are all alive."""
+    landed: list[Landed] = []
+    waiting = deque(planned)
+    while run.goes_on():
+        watch("attacked", run.progress, len(landed))
+        if waiting and due(waiting[0], run.progress, landed[-1] if landed else None):
+            time.sleep(waiting[0].fraction * run.step_s)
+            with run.job.victims(waiting[0], run.progress.life) as victims:
+                if victims:
+                    wall_s = time.time()
+                    for victim in victims:
+                        victim.send(signal.SIGKILL)
+                    names = [victim.name for victim in victims]
+                    kill = waiting.popleft()
+                    landed.append(Landed(kill.target, run.progress.life, run.progress.step, wall_s, names))
+    return landed
+
+
+class Run:
+    """One training run under torchrun. A context: at its end no process and no shared memory of the run is left.
+
+    Attributes:
+        progress: as of the last ``goes_on``.
+        relaunches: how often torchrun had given up and was started again.
+    """
+
+    def __init__(self, plan: Plan, name: str, deadline: float, *, protected: bool) -> None:
+        """*deadline*: when the run must have ended, on the monotonic clock."""
+        self.folder = (plan.out / name).absolute()
+        self.progress = Progress()
+        self.relaunches = 0
+        self._plan, self._name, self._deadline, self._protected = plan, name, deadline, protected
+        # A name of its own: an agent or snapshots of another demo must never be taken for this one's.
+        self._settings = NodeSettings.read({}, job=f"demo-{os.getpid()}-{secrets.token_hex(4)}")
+        self.job = Job(self.folder, ranks=plan.ranks, shm=self._settings.shm)
+        self._followers = [Follower(self.folder, rank) for rank in range(plan.ranks)]
+        self._recent: deque[StepDone] = deque(maxlen=20)
+        self._heard = time.monotonic()
+        self._launched_at_step = 0
+
+    def __enter__(self) -> Self:
+        clear(self.folder)
+        self._torchrun = self._launch(first_life=0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _end(self._torchrun)
+        # torchrun puts every rank into a session of its own; had it to be killed, they would outlive it.
+        self.job.kill_ranks()
+        if self._protected:
+            self.job.dismiss_agent()
+
+    @property
+    def step_s(self) -> float:
+        """How long a step of rank 0 takes, the median of recent ones of one life."""
+        gaps = [
+            after.wall_s - before.wall_s
+            for before, after in itertools.pairwise(self._recent)
+            if after.life == before.life
+        ]
+        return statistics.median(gaps) if gaps else _FIRST_STEP_S
+
+    def goes_on(self) -> bool:
+        """Wait a moment, and see what is new. False once training has ended well."""
+        time.sleep(POLL_S)
+        # Asked before the journals are read: what a run wrote before its end must not be missed.
+        code = self._torchrun.poll()
+        self._read_news()
+        if code == 0:
+            return False
+        if code is not None:
+            self._relaunch(code)
+        self._check_time()
+        return True
+
+    def _read_news(self) -> None:
+        for rank, follower in enumerate(self._followers):
+            for event in follower.news():
+                self._heard = time.monotonic()
+                if not isinstance(event, StepDone):
+                    self.progress = advanced(self.progress, event.life, event.start)
+                    continue
+                loss = float.fromhex(event.loss) if rank == 0 else None
+                self.progress = advanced(self.progress, event.life, event.step, loss)
+                if rank == 0:
+                    self._recent.append(event)
+
+    def _launch(self, first_life: int) -> subprocess.Popen[bytes]:
+        plan = self._plan
+        restarts = plan.kills + _SPARE_RESTARTS if self._protected else 0
+        torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={plan.ranks}"]
+        torchrun += [f"--max-restarts={restarts}", "--monitor-interval=0.1", "--shutdown-timeout=5"]
+        worker = ["holdfast.ops.demo.worker", f"--out={self.folder}", f"--steps={plan.steps}", f"--seed={plan.seed}"]
+        worker += [f"--strategy={plan.strategy}", f"--first-life={first_life}"]
+        worker += ["--protected" if self._protected else "--unprotected"]
+        with (self.folder / LOG_NAME).open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", *torchrun, "-m", *worker],
+                env=_environment(self._settings),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def _relaunch(self, code: int) -> None:
+        """Start torchrun again, as a cluster would, if the job had come further under the last one."""
+        if not self._protected or self.progress.newest_step <= self._launched_at_step:
+            raise HoldfastError(f"the {self._name} run ended by itself with code {code}.\n{self._log_end()}")
+        self.relaunches += 1
+        self._launched_at_step = self.progress.newest_step
+        entries = (announced(self.folder, rank) for rank in range(self._plan.ranks))
+        self._torchrun = self._launch(1 + max((entry["life"] for entry in entries if entry), default=-1))
+
+    def _check_time(self) -> None:
+        now = time.monotonic()
+        where = f"the {self._name} run, now at step {self.progress.step} of {self._plan.steps}"
+        if now > self._deadline:
+            raise DeadlinePassed(f"waited {self._plan.timeout_s:g} s for {where}, to end.\n{self._log_end()}")
+        if now > self._heard + SILENCE_S:
+            raise DeadlinePassed(f"waited {SILENCE_S:g} s for the next step of {where}.\n{self._log_end()}")
+
+    def _log_end(self) -> str:
+        path = self.folder / LOG_NAME
+        lines = path.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+        return "\n".join([f"The end of {path}:", *(f"  {line}" for line in lines)])
+
+
+def _environment(settings: NodeSettings) -> Mapping[str, str]:
+    """That of this process, with the job of its own; an agent of the user's is left out of it."""
+    environment = {name: value for name, value in os.environ.items() if name != "HOLDFAST_AGENT"}
+    environment |= {"HOLDFAST_JOB": settings.job, "HOLDFAST_SHM": str(settings.shm)}
+    # torchrun keeps one store over all restarts (pytorch issue 135712): gloo then finds the addresses of dead ranks in it.
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    # More threads than one would sum in an order that depends on timing: no run would equal another.
+    return environment | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def _end(torchrun: subprocess.Popen[bytes]) -> None:
+    """End torchrun and with it the ranks, kindly first."""
+    if torchrun.poll() is None:
+        torchrun.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            torchrun.wait(TORCHRUN_EXIT_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(torchrun.pid, signal.SIGKILL)
+    torchrun.wait(TORCHRUN_EXIT_S)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end this block as Ctrl-C does, by an exception, so that every context in it is left properly."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+    before = signal.signal(signal.SIGTERM, lambda signum, _frame: sys.exit(128 + signum))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

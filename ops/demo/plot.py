@@ -1,0 +1,96 @@
+"""The picture of a demo: one loss curve, drawn by both runs, with every kill marked. matplotlib stays optional."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...errors import ConfigError
+from .journal import RankRecord
+from .verdict import KillCost, Verdict
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def check_plotting() -> None:
+    """Raise ``ConfigError`` if no plot can be drawn here; to be asked before a long run, not after it."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "the plot needs matplotlib: pip install 'holdfast[demo]', or run the demo with --no-plot"
+        ) from error
+
+
+def draw(reference: RankRecord, attacked: RankRecord, verdict: Verdict, path: Path, *, title: str) -> None:
+    """Write a PNG to *path*: the losses of one rank in both runs, each life in its own colour, and the kills."""
+    check_plotting()
+    # The object interface: it needs no display, and leaves the global state of a caller's pyplot alone.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    _curves(axes, reference, attacked)
+    _kills(axes, verdict.costs)
+    verdict_text = "equal, bit for bit" if verdict.bit_exact else f"NOT equal: {len(verdict.differences)} differences"
+    axes.set_title(f"{title}\n{verdict.losses_compared} losses and the final state: {verdict_text}", fontsize=11)
+    axes.set_xlabel("training step")
+    axes.set_ylabel(f"loss of rank {reference.rank}, nats per byte")
+    axes.grid(alpha=0.25)
+    axes.margins(x=0.01)
+    axes.legend(loc="upper right", fontsize=9, framealpha=0.9)
+    figure.savefig(path, dpi=120)
+
+
+def _curves(axes: Axes, reference: RankRecord, attacked: RankRecord) -> None:
+    undisturbed = [done for life in reference.lives for done in life.steps]
+    axes.plot(
+        [done.step for done in undisturbed],
+        [float.fromhex(done.loss) for done in undisturbed],
+        color="0.8",
+        linewidth=6,
+        solid_capstyle="round",
+        label="reference, never killed",
+    )
+    for index, life in enumerate(attacked.lives):
+        axes.plot(
+            [done.step for done in life.steps],
+            [float.fromhex(done.loss) for done in life.steps],
+            color=f"C{index % 10}",
+            linewidth=1.4,
+            marker="." if len(life.steps) == 1 else None,
+            label=f"life {life.life}, from step {life.start}",
+        )
+
+
+def _kills(axes: Axes, costs: Sequence[KillCost]) -> None:
+    """A dashed line at each kill, and from it an arrow back to the step that training continued from."""
+    upright = axes.get_xaxis_transform()  # x in steps, y in parts of the height
+    for number, cost in enumerate(costs, start=1):
+        height = 0.93 - 0.07 * ((number - 1) % 5)
+        axes.axvline(cost.newest_step, color="crimson", linestyle="--", linewidth=1, alpha=0.7)
+        text = f"✗ {cost.landed.target.value}"
+        if cost.restored_step is not None:
+            text += f" → {cost.restored_step}"
+            axes.annotate(
+                "",
+                xy=(cost.restored_step, height - 0.02),
+                xytext=(cost.newest_step, height - 0.02),
+                xycoords=upright,
+                textcoords=upright,
+                arrowprops={"arrowstyle": "->", "color": "crimson", "connectionstyle": "arc3,rad=-0.4"},
+            )
+        axes.annotate(
+            text,
+            xy=(cost.newest_step, height),
+            xycoords=upright,
+            xytext=(4, 0),
+            textcoords="offset points",
+            color="crimson",
+            fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+        )

@@ -1,0 +1,118 @@
+"""Which kills an attacked run gets, and when each is due. Pure: every choice follows from a seed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from ...errors import ConfigError
+
+STEPS_PER_KILL: Final = 4
+"""Fewest steps for each kill: room to reach its step, to make progress, and not to end before the last."""
+
+
+class Target(Enum):
+    """What a kill hits: ``trainer`` the process of every rank, ``rank`` that of one, ``all`` trainer and agent."""
+
+    TRAINER = "trainer"
+    RANK = "rank"
+    AGENT = "agent"
+    ALL = "all"
+
+    @property
+    def ends_life(self) -> bool:
+        """Whether training processes die, so that the job has to restart."""
+        return self is not Target.AGENT
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A kill to come: once *step* is reached, wait *fraction* of a step's time, then hit *target*.
+
+    ``rank`` is the one that a kill of a single rank hits.
+    """
+
+    target: Target
+    step: int
+    fraction: float
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is: the newest life (-1: none yet), the newest step of it, and the newest of all lives before.
+
+    ``loss`` is the newest one seen, of rank 0.
+    """
+
+    life: int = -1
+    step: int = 0
+    step_before: int = 0
+    loss: float | None = None
+
+    @property
+    def newest_step(self) -> int:
+        return max(self.step, self.step_before)
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """A kill that happened, in *life*, after *step* had been seen, *wall_s* seconds after the epoch."""
+
+    target: Target
+    life: int
+    step: int
+    wall_s: float
+    victims: Sequence[str]
+
+
+def plan_kills(seed: int, *, kills: int, targets: Sequence[Target], steps: int, ranks: int) -> list[Planned]:
+    """Spread *kills* over a run of *steps*: one at a random instant of each of as many equal parts.
+
+    Every one of *targets* gets its turn, in random order, as far as *kills* reaches.
+
+    Raises:
+        ConfigError: *steps* are too few for so many kills, or there are kills but no targets.
+    """
+    if kills and not targets:
+        raise ConfigError(f"{kills} kills, and nothing to kill: name a target")
+    if steps < STEPS_PER_KILL * (kills + 1):
+        raise ConfigError(f"{kills} kills need at least {STEPS_PER_KILL * (kills + 1)} steps, {steps} were asked for")
+    dice = random.Random(seed)  # noqa: S311  # a repeatable choice, not a secret
+    turns = [targets[index % len(targets)] for index in range(kills)]
+    dice.shuffle(turns)
+    # The end stays free: a kill that falls due there could come too late.
+    room = steps - STEPS_PER_KILL
+    return [
+        Planned(
+            target=target,
+            step=dice.randint(1 + room * index // kills, room * (index + 1) // kills),
+            fraction=dice.random(),
+            rank=dice.randrange(ranks),
+        )
+        for index, target in enumerate(turns)
+    ]
+
+
+def due(planned: Planned, progress: Progress, last: Landed | None) -> bool:
+    """Whether *planned* may land now: its step is reached, and since the *last* kill there was a step of progress."""
+    if progress.step < planned.step:
+        return False
+    if last is None:
+        return True
+    if last.target.ends_life:
+        return progress.life > last.life and progress.step > progress.step_before
+    return progress.newest_step > last.step
+
+
+def advanced(progress: Progress, life: int, step: int, loss: float | None = None) -> Progress:
+    """*progress* after some rank was seen at *step* of *life*. News of an older life may come late."""
+    loss = progress.loss if loss is None else loss
+    if life < progress.life:
+        return Progress(progress.life, progress.step, max(progress.step_before, step), loss)
+    if life == progress.life:
+        return Progress(life, max(progress.step, step), progress.step_before, loss)
+    return Progress(life, step, progress.newest_step, loss)

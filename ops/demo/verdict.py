@@ -1,0 +1,190 @@
+"""Was the attacked run the undisturbed one, bit for bit? And what did the kills cost? Pure: records in, verdict out."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .journal import LifeRecord, RankRecord
+from .schedule import Landed
+
+
+@dataclass(frozen=True, slots=True)
+class KillCost:
+    """What one kill cost.
+
+    Attributes:
+        lost_steps: newest step that any rank had logged before the kill, minus the step restored after it.
+        restore_s: the slowest rank's restore in the life after the kill; None if no process had to start again.
+        recovery_s: from the kill to the first step after it; None likewise.
+        split_s: where the slowest-starting rank of the life after the kill spent its time; empty likewise.
+    """
+
+    landed: Landed
+    newest_step: int
+    restored_step: int | None
+    restore_s: float | None
+    recovery_s: float | None
+    split_s: Mapping[str, float]
+
+    @property
+    def lost_steps(self) -> int:
+        return 0 if self.restored_step is None else self.newest_step - self.restored_step
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The comparison. ``differences`` says in words what differs; the run is exact if and only if it is empty.
+
+    Attributes:
+        lives: how often the attacked job's processes were started, the first time included.
+        repeated_steps: losses compared more than once, as their step was trained again after a kill.
+        stalls_ms: the training thread's time in Holdfast's calls, one number per step and rank.
+    """
+
+    differences: Sequence[str]
+    losses_compared: int
+    repeated_steps: int
+    lives: int
+    costs: Sequence[KillCost]
+    stalls_ms: Sequence[float]
+
+    @property
+    def bit_exact(self) -> bool:
+        return not self.differences
+
+    def summary(self) -> dict[str, Any]:
+        """The figures of the comparison, ready for JSON. Times that do not apply (an agent's kill) are left out."""
+        stalls = sorted(self.stalls_ms)
+        return {
+            "bit_exact": self.bit_exact,
+            "kills": len(self.costs),
+            "killed": [cost.landed.target.value for cost in self.costs],
+            "lost_steps": [cost.lost_steps for cost in self.costs],
+            "restore_s": [cost.restore_s for cost in self.costs if cost.restore_s is not None],
+            "recovery_s": [cost.recovery_s for cost in self.costs if cost.recovery_s is not None],
+            "restart_split_s": [cost.split_s for cost in self.costs if cost.split_s],
+            "stall_ms": {
+                "median": round(statistics.median(stalls), 4) if stalls else None,
+                "max": round(stalls[-1], 4) if stalls else None,
+            },
+            "lives": self.lives,
+            "losses_compared": self.losses_compared,
+            "repeated_steps": self.repeated_steps,
+            "differences": list(self.differences),
+        }
+
+
+def judge(
+    reference: Sequence[RankRecord], attacked: Sequence[RankRecord], landed: Sequence[Landed], *, steps: int
+) -> Verdict:
+    """Compare every loss of every life of *attacked*, and its final state, with *reference*.
+
+    Every rank is compared with the same rank of the reference. Missing steps, steps out of order, ranks that restored
+    different steps and runs that did not end are differences like a wrong bit.
+    """
+    differences = [f"reference: {text}" for record in reference for text in _gaps(record, steps)]
+    differences += [text for record in attacked for text in _gaps(record, steps)]
+    differences += _torn_restores(attacked)
+    if len(reference) != len(attacked):
+        differences.append(f"the reference has {len(reference)} ranks, the attacked run {len(attacked)}")
+    compared = repeated = 0
+    for expected, found in zip(reference, attacked, strict=False):
+        losses = {done.step: done.loss for life in expected.lives for done in life.steps}
+        differences += _wrong_losses(losses, found)
+        differences += _wrong_final(expected, found)
+        seen = [done.step for life in found.lives for done in life.steps]
+        compared += len(seen)
+        repeated += len(seen) - len(set(seen))
+    return Verdict(
+        differences=differences,
+        losses_compared=compared,
+        repeated_steps=repeated,
+        lives=len({life.life for record in attacked for life in record.lives}),
+        costs=[_cost(kill, attacked) for kill in landed],
+        stalls_ms=[
+            done.stall_ms
+            for record in attacked
+            for life in record.lives
+            for done in life.steps
+            if done.stall_ms is not None
+        ],
+    )
+
+
+def _gaps(record: RankRecord, steps: int) -> Iterator[str]:
+    """What is missing in a rank's record, so that a comparison of what is there would prove too little."""
+    newest = 0
+    for life in record.lives:
+        if life.start > newest:
+            yield f"rank {record.rank}, life {life.life}: continues from step {life.start}, trained only to {newest}"
+        expected = range(life.start + 1, life.start + 1 + len(life.steps))
+        if [done.step for done in life.steps] != list(expected):
+            yield f"rank {record.rank}, life {life.life}: its steps are not {life.start + 1}, {life.start + 2}, …"
+        newest = max(newest, life.start, *(done.step for done in life.steps))
+    if newest != steps:
+        yield f"rank {record.rank}: ended at step {newest}, not at {steps}"
+    if record.final is None:
+        yield f"rank {record.rank}: has no final state"
+
+
+def _torn_restores(records: Sequence[RankRecord]) -> Iterator[str]:
+    """Lives that did not continue from one and the same step on every rank."""
+    starts: dict[int, dict[int, int]] = {}
+    for record in records:
+        for life in record.lives:
+            starts.setdefault(life.life, {})[record.rank] = life.start
+    for life_number, start_of in sorted(starts.items()):
+        if len(set(start_of.values())) > 1:
+            yield f"life {life_number}: ranks continued from different steps: {start_of}"
+
+
+def _wrong_losses(losses: Mapping[int, str], found: RankRecord) -> Iterator[str]:
+    for life in found.lives:
+        for done in life.steps:
+            expected = losses.get(done.step)
+            if done.loss != expected:
+                yield (
+                    f"rank {found.rank}, life {life.life}, step {done.step}: "
+                    f"loss {done.loss}, in the reference {expected}"
+                )
+
+
+def _wrong_final(expected: RankRecord, found: RankRecord) -> Iterator[str]:
+    if expected.final is None or found.final is None:
+        return
+    wanted, had = expected.final["digests"], found.final["digests"]
+    for part in sorted(wanted.keys() | had.keys()):
+        if wanted.get(part) != had.get(part):
+            yield f"rank {found.rank}: final {part} differ from those of the reference"
+
+
+def _cost(kill: Landed, attacked: Sequence[RankRecord]) -> KillCost:
+    newest = max(
+        (done.step for record in attacked for life in record.lives if life.life <= kill.life for done in life.steps),
+        default=0,
+    )
+    after = _lives_after(kill, attacked)
+    if not after:
+        return KillCost(kill, newest, None, None, None, {})
+    slowest = max(after, key=lambda life: sum(life.split_s.values()))
+    first_steps = [life.steps[0].wall_s for life in after if life.steps]
+    return KillCost(
+        landed=kill,
+        newest_step=newest,
+        restored_step=min(life.start for life in after),
+        restore_s=max(life.split_s.get("restore", 0.0) for life in after),
+        recovery_s=round(max(first_steps) - kill.wall_s, 3) if first_steps else None,
+        split_s=slowest.split_s,
+    )
+
+
+def _lives_after(kill: Landed, attacked: Sequence[RankRecord]) -> list[LifeRecord]:
+    """The first life that any rank began after *kill* ended one, on all ranks; none if the kill ended no life."""
+    if not kill.target.ends_life:
+        return []
+    later = [life for record in attacked for life in record.lives if life.life > kill.life]
+    first = min((life.life for life in later), default=None)
+    return [life for life in later if life.life == first]

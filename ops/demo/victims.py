@@ -1,0 +1,119 @@
+"""Finding the processes of a job, and killing exactly those.
+
+A process is held by a pidfd from the moment it is recognised, so that a signal can never reach another process that was
+given the same pid in the meantime.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shutil
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from .journal import announced, started_ticks
+from .schedule import Planned, Target
+
+AGENT_EXIT_S: Final = 10.0
+_PID_NAME: Final = "agent.pid"
+
+
+@dataclass(frozen=True, slots=True)
+class Victim:
+    """A living process. ``pidfd`` belongs to whoever entered the context that gave it."""
+
+    name: str
+    pid: int
+    pidfd: int
+
+    def send(self, signum: signal.Signals) -> None:
+        """Signal the process; one that has died in the meantime is left in peace."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signum)
+
+    def ended(self, within_s: float) -> bool:
+        """Wait until the process has ended, *within_s* seconds at most."""
+        poller = select.poll()
+        poller.register(self.pidfd, select.POLLIN)
+        return bool(poller.poll(within_s * 1e3))
+
+
+class Job:
+    """One job of the demo: the ranks that announce themselves in *folder*, and the agent of the job's own memory."""
+
+    def __init__(self, folder: Path, *, ranks: int, shm: Path) -> None:
+        self._folder, self._ranks, self._shm = folder, ranks, shm
+
+    @contextlib.contextmanager
+    def victims(self, planned: Planned, life: int) -> Iterator[Sequence[Victim] | None]:
+        """All that *planned* has to hit in *life*, or None while not every one of them is alive."""
+        wanted = {Target.RANK: [planned.rank], Target.AGENT: []}.get(planned.target, list(range(self._ranks)))
+        with contextlib.ExitStack() as stack:
+            found = [stack.enter_context(self._rank(rank, life)) for rank in wanted]
+            if planned.target in (Target.AGENT, Target.ALL):
+                found.append(stack.enter_context(self._agent()))
+            alive = [victim for victim in found if victim]
+            yield alive if len(alive) == len(found) else None
+
+    def kill_ranks(self) -> None:
+        """SIGKILL every rank that is alive, of whatever life. For clearing up."""
+        for rank in range(self._ranks):
+            with self._rank(rank, None) as victim:
+                if victim:
+                    victim.send(signal.SIGKILL)
+                    victim.ended(AGENT_EXIT_S)
+
+    def dismiss_agent(self) -> None:
+        """End the agent, kindly first, and remove the job's shared memory. The ranks must have ended."""
+        with self._agent() as victim:
+            if victim:
+                victim.send(signal.SIGTERM)
+                if not victim.ended(AGENT_EXIT_S):
+                    victim.send(signal.SIGKILL)
+                    victim.ended(AGENT_EXIT_S)
+        shutil.rmtree(self._shm, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _rank(self, rank: int, life: int | None) -> Iterator[Victim | None]:
+        entry = announced(self._folder, rank)
+        if entry is None or life not in (None, entry["life"]):
+            yield None
+            return
+        with _held(f"rank {rank}", entry["pid"]) as victim:
+            yield victim if victim and started_ticks(victim.pid) == entry["started_ticks"] else None
+
+    @contextlib.contextmanager
+    def _agent(self) -> Iterator[Victim | None]:
+        try:
+            pid = int((self._shm / _PID_NAME).read_text())
+        except (FileNotFoundError, ValueError):
+            yield None
+            return
+        with _held("agent", pid) as victim:
+            yield victim if victim and b"holdfast" in _command_line(pid) else None
+
+
+@contextlib.contextmanager
+def _held(name: str, pid: int) -> Iterator[Victim | None]:
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        yield None
+        return
+    try:
+        victim = Victim(name, pid, pidfd)
+        yield None if victim.ended(within_s=0) else victim
+    finally:
+        os.close(pidfd)
+
+
+def _command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""

@@ -1,0 +1,38 @@
+"""The script that torchrun starts, once per rank and life: ``python -m holdfast.ops.demo.worker --out DIR …``.
+
+It imports nothing heavy before it has written down which process it is and when it began.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from .journal import announce
+from .stopwatch import Stopwatch
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True)
+@click.option("--steps", type=int, required=True)
+@click.option("--strategy", type=click.Choice(["ddp", "fsdp2"]), required=True)
+@click.option("--seed", type=int, required=True)
+@click.option("--protected/--unprotected", required=True, help="With a Checkpointer, or without any of Holdfast.")
+@click.option("--first-life", type=int, default=0, help="Number of the first life under this torchrun.")
+def main(out: Path, steps: int, strategy: str, seed: int, protected: bool, first_life: int) -> None:
+    """Train the demo's model as one rank of torchrun, whose environment says which."""
+    watch = Stopwatch()
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    life = first_life + int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    announce(out, rank, life)
+
+    from .training import Task, train
+
+    watch.lap("import")
+    train(Task(out, steps, strategy, seed, protected, rank, world, life), watch)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+"""Slots in shared memory: how their bytes lie, how they are made, written and read. No decisions are taken here.
+
+A slot is one file ``rank-<rank>.slot-<index>`` in the job's shared-memory folder (mode 0600)::
+
+    0                     record page: the 255-byte codeword of ``record``, zeros up to 4096
+    4096                  commit page: the commit word (u64), zeros up to 8192
+    8192                  tables: block checksums (u32 each), then the layout text; ``table_bytes`` in all
+    8192 + table_bytes    image, up to the end of the file; page-aligned
+
+The trainer writes the image and the commit word, the agent the record and the tables. Before the first byte of an
+image is overwritten, the commit word is zeroed: from then on the slot holds nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from ..crashpoints import reach
+from ..erasure.kernel import block_checksums, crc32c
+from ..errors import BudgetExceeded, ConfigError, Corrupt
+from .layout import Layout, align
+from .record import RECORD_BYTES, Record, opening_mark
+
+PAGE: Final = 4096
+_WORD_OFFSET: Final = PAGE
+_TABLE_OFFSET: Final = 2 * PAGE
+_MADV_POPULATE_WRITE: Final = 23
+_NAME: Final = re.compile(r"rank-(\d{5,})\.slot-(\d+)")
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a slot lies and how much it can hold. ``table_bytes`` and ``image_bytes`` are multiples of 4096."""
+
+    path: str
+    rank: int
+    index: int
+    table_bytes: int
+    image_bytes: int
+
+    @property
+    def file_bytes(self) -> int:
+        """Shared memory that the slot takes."""
+        return _TABLE_OFFSET + self.table_bytes + self.image_bytes
+
+    def holds(self, table_bytes: int, image_bytes: int) -> bool:
+        """Whether so many bytes of tables and image fit."""
+        return self.table_bytes >= table_bytes and self.image_bytes >= image_bytes
+
+
+def place_for(folder: Path, rank: int, index: int, *, table_bytes: int, image_bytes: int) -> Place:
+    """The place of a slot that holds at least so many bytes of tables and image."""
+    path = folder / f"rank-{rank:05d}.slot-{index}"
+    return Place(str(path), rank, index, align(table_bytes, PAGE), align(image_bytes, PAGE))
+
+
+def parse_name(name: str) -> tuple[int, int] | None:
+    """``(rank, index)`` if *name* is that of a slot file, else None."""
+    match = _NAME.fullmatch(name)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+class Slot:
+    """One slot, mapped read-write. Whoever opens it closes it; views into it die with the mapping.
+
+    Attributes:
+        place: where it lies.
+        inode: identity of the file behind the mapping; a slot that was replaced has another one.
+        image: ``uint8[place.image_bytes]``, shared with every other process that maps the slot.
+    """
+
+    def __init__(self, place: Place, descriptor: int) -> None:
+        self.place = place
+        self.inode = os.fstat(descriptor).st_ino
+        self._map = mmap.mmap(descriptor, place.file_bytes)
+        self._bytes: Bytes = np.frombuffer(self._map, np.uint8)
+        self.image: Bytes = self._bytes[_TABLE_OFFSET + place.table_bytes :]
+        self._word = self._bytes[_WORD_OFFSET : _WORD_OFFSET + 8].view(np.uint64)
+
+    @classmethod
+    def open(cls, place: Place) -> Slot:
+        """Map an existing slot. Raises ``Corrupt`` if the file is not of the size that *place* says."""
+        with _descriptor(place.path, os.O_RDWR) as fd:
+            if (found := os.fstat(fd).st_size) != place.file_bytes:
+                raise Corrupt(f"{place.path} has {found} bytes, {place.file_bytes} expected")
+            return cls(place, fd)
+
+    @classmethod
+    def create(cls, place: Place) -> Slot:
+        """Make a slot with all its memory reserved, replacing any file of that name; it holds nothing.
+
+        The file gets its name only when it has its memory, so a crash leaves a ``.new`` file for the next scan to remove,
+        never a slot that faults. Raises ``BudgetExceeded`` if the file system is full.
+        """
+        fresh = place.path + ".new"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(fresh)
+        with _descriptor(fresh, os.O_RDWR | os.O_CREAT | os.O_EXCL) as fd:
+            try:
+                # Reserves now, with an error we can report; touching pages of a full tmpfs would be SIGBUS.
+                os.posix_fallocate(fd, 0, place.file_bytes)
+            except OSError as error:
+                os.unlink(fresh)
+                raise BudgetExceeded(
+                    f"{place.path}: cannot reserve {place.file_bytes} bytes of shared memory ({error.strerror}); "
+                    f"enlarge that file system, or point HOLDFAST_SHM at a larger one"
+                ) from error
+            reach("attach.reserved")
+            os.replace(fresh, place.path)
+            return cls(place, fd)
+
+    def prefault(self) -> None:
+        """Have the kernel map every page now, so that no first touch (1 GB/s) falls into a snapshot. Without the GIL."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        if libc.madvise(self._bytes.ctypes.data, self._bytes.nbytes, _MADV_POPULATE_WRITE) != 0:
+            # Kernels before 5.14. Reading and writing back one byte a page changes nothing and touches everything.
+            pages = self._bytes[::PAGE]
+            np.copyto(pages, pages.copy())
+
+    # -- the commit word ---------------------------------------------------------------------------------------------
+
+    @property
+    def word(self) -> int:
+        """The commit word as it stands."""
+        return int(self._word[0])
+
+    def open_for(self, step: int) -> None:
+        """Unseal, to be filled with *step*. Must come before the first byte of the image is overwritten."""
+        self._word[0] = opening_mark(step)
+
+    def commit(self, nonce: int) -> None:
+        """Seal: one aligned 8-byte store."""
+        self._word[0] = nonce
+
+    def commit_if_open_for(self, step: int, nonce: int) -> bool:
+        """Seal, unless the slot has been given another purpose since it was opened for *step*."""
+        if self.word != opening_mark(step):
+            return False
+        self.commit(nonce)
+        return True
+
+    def unseal(self) -> None:
+        """From here on the slot holds nothing."""
+        self._word[0] = 0
+
+    # -- record and tables -------------------------------------------------------------------------------------------
+
+    def read_record(self) -> tuple[Record, int]:
+        """The record, sealed or not, and the number of damaged bytes repaired in it. Raises ``Corrupt``."""
+        return Record.from_bytes(self._bytes[:RECORD_BYTES].tobytes())
+
+    def sealed_record(self) -> Record | None:
+        """The record if this slot holds a sealed snapshot, else None; damaged records count as none."""
+        if self.word < 1 << 32:  # nothing, or an opening mark
+            return None
+        try:
+            record, repaired = self.read_record()
+        except Corrupt:
+            return None
+        if not self._fits(record) or not record.sealed_by(self.word):
+            return None
+        if repaired:
+            self.write_record(record)
+        return record
+
+    def write_record(self, record: Record) -> None:
+        """Write the record; the last thing written before the commit word."""
+        self._bytes[:RECORD_BYTES] = np.frombuffer(record.to_bytes(), np.uint8)
+
+    def write_tables(self, checks: npt.NDArray[np.uint32], layout_text: bytes) -> None:
+        """Write block checksums and layout. Raises ``BudgetExceeded`` if they do not fit."""
+        if (needed := checks.nbytes + len(layout_text)) > self.place.table_bytes:
+            raise BudgetExceeded(f"tables of {needed} bytes, {self.place.table_bytes} reserved in {self.place.path}")
+        table = self._bytes[_TABLE_OFFSET:]
+        table[: checks.nbytes] = checks.view(np.uint8)
+        table[checks.nbytes : needed] = np.frombuffer(layout_text, np.uint8)
+
+    def read_tables(self, record: Record) -> tuple[npt.NDArray[np.uint32], bytes]:
+        """Block checksums (copied) and layout text of the snapshot that *record* describes, both verified.
+
+        Raises ``Corrupt`` if either does not match its checksum in the record.
+        """
+        blocks = -(-record.image_bytes // record.block_bytes)
+        table = self._bytes[_TABLE_OFFSET:]
+        checks = table[: 4 * blocks].copy().view(np.uint32)
+        text = table[4 * blocks : 4 * blocks + record.layout_bytes].tobytes()
+        if crc32c(checks) != record.checks_crc:
+            raise Corrupt(f"{self.place.path}: the block checksums of {record.id} do not match their own checksum")
+        if crc32c(text) != record.layout_crc:
+            raise Corrupt(f"{self.place.path}: the layout of {record.id} does not match its checksum")
+        return checks, text
+
+    def read_layout(self, record: Record) -> Layout:
+        """The verified layout of the snapshot that *record* describes. Raises ``Corrupt``."""
+        layout = Layout.from_text(self.read_tables(record)[1])
+        if layout.values_offset > record.image_bytes:
+            raise Corrupt(f"{self.place.path}: the layout of {record.id} is longer than its image")
+        return layout
+
+    def checksums(self, image_bytes: int, block_bytes: int, pool: Executor | None = None) -> npt.NDArray[np.uint32]:
+        """crc32c of each block of the first *image_bytes* of the image, computed now; ``uint32[blocks]``."""
+        return block_checksums(self.image.ctypes.data, image_bytes, block_bytes, pool)
+
+    def _fits(self, record: Record) -> bool:
+        """Whether every length in the record stays inside this slot: checked before any of them is used."""
+        return (
+            record.table_bytes == self.place.table_bytes
+            and 0 < record.block_bytes
+            and record.image_bytes <= self.place.image_bytes
+            and 4 * -(-record.image_bytes // record.block_bytes) + record.layout_bytes <= self.place.table_bytes
+        )
+
+    def close(self) -> None:
+        """Drop the mapping as soon as the last view into it is gone."""
+        del self._bytes, self.image, self._word
+        with contextlib.suppress(BufferError):
+            self._map.close()
+
+
+def scan(folder: Path) -> tuple[list[Place], list[str]]:
+    """The slots that lie in *folder*, and the names of files that are not ours. Half-made slots are removed.
+
+    A slot's division into tables and image is told by its record; a slot without a readable record holds nothing, and
+    its file counts as all image.
+    """
+    places: list[Place] = []
+    foreign: list[str] = []
+    for entry in sorted(os.scandir(folder), key=lambda e: e.name):
+        if entry.name.endswith(".new") and parse_name(entry.name.removesuffix(".new")):
+            os.unlink(entry.path)
+            continue
+        identity = parse_name(entry.name)
+        if identity is None:
+            if entry.name not in _NEIGHBOURS:
+                foreign.append(entry.name)
+            continue
+        place = _measure(Path(entry.path), *identity)
+        if place is None:
+            foreign.append(entry.name)
+        else:
+            places.append(place)
+    return places, foreign
+
+
+_NEIGHBOURS: Final = frozenset({"agent.sock", "agent.pid", "agent.lock", "agent.log", "launch.lock"})
+
+
+def _measure(path: Path, rank: int, index: int) -> Place | None:
+    """Divide an existing slot file by its record; None if it is not a regular file of ours, or too short to be one."""
+    with _descriptor(str(path), os.O_RDONLY) as fd:
+        stat = os.fstat(fd)
+        if not os.path.isfile(path) or stat.st_uid != os.getuid() or stat.st_size < _TABLE_OFFSET:
+            return None
+        codeword = os.pread(fd, RECORD_BYTES, 0)
+    room = stat.st_size - _TABLE_OFFSET
+    try:
+        record, _ = Record.from_bytes(codeword)
+    except Corrupt:
+        return Place(str(path), rank, index, 0, room)
+    if record.table_bytes > room or record.table_bytes % PAGE:
+        return Place(str(path), rank, index, 0, room)
+    return Place(str(path), rank, index, record.table_bytes, room - record.table_bytes)
+
+
+@contextlib.contextmanager
+def _descriptor(path: str, flags: int) -> Iterator[int]:
+    """An open file descriptor, never through a symbolic link."""
+    try:
+        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except PermissionError as error:
+        raise ConfigError(f"{path}: {error.strerror}; the shared-memory folder must belong to this user") from error
+    try:
+        yield fd
+    finally:
+        os.close(fd)

@@ -1,0 +1,141 @@
+"""The beat: what ranks tell each other once per step, and what they all conclude from it. Pure.
+
+Every rank contributes ``Facts`` to one ``all_reduce(MIN)``; ``settle`` turns the reduced facts and what was agreed so
+far into what is agreed now. The beats form one sequence, the same on every rank, and what is agreed is a function of
+that sequence alone: however late a rank learns of a beat, it concludes what the others did. A rank that cannot carry
+out a conclusion (too late, the copy was torn, the agent is gone) says so in its next facts, and all discard the snapshot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+NONE = -1  # "no step"
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What one rank contributes; or, after the reduction, what holds of all of them.
+
+    Attributes:
+        first_step, last_step: the step the rank is at; reduced, the range over all ranks.
+        complete: the newest agreed step such that it and all older outstanding ones are complete here, or ``NONE``.
+        discarded: a step taken before that this rank had to give up, or ``NONE``.
+        able: no objection to a snapshot at this step.
+        relayout: the structure of this rank's state changed, so a new layout is needed.
+        stop: a preemption notice arrived here.
+        busy_us: how long this rank's last step took, in microseconds.
+    """
+
+    first_step: int
+    last_step: int
+    complete: int = NONE
+    discarded: int = NONE
+    able: bool = True
+    relayout: bool = False
+    stop: bool = False
+    busy_us: int = 0
+
+    def to_vector(self) -> list[int]:
+        """int64 values whose elementwise minimum over the ranks is the vector of the reduced facts."""
+        return [
+            self.first_step,
+            -self.last_step,
+            self.complete,
+            -self.discarded,
+            int(self.able),
+            -int(self.relayout),
+            -int(self.stop),
+            -self.busy_us,
+        ]
+
+    @classmethod
+    def from_vector(cls, vector: Sequence[int]) -> Facts:
+        """Inverse of ``to_vector``."""
+        first, last, complete, discarded, able, relayout, stop, busy = vector
+        return cls(first, -last, complete, -discarded, bool(able), bool(-relayout), bool(-stop), -busy)
+
+
+VECTOR_LENGTH = len(Facts(0, 0).to_vector())
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """What all ranks have concluded so far.
+
+    Attributes:
+        watermark: the newest step known complete on every rank (or the one restored from), ``NONE`` before the first.
+        outstanding: steps taken after it, oldest first, not known complete everywhere.
+        resume_at: no beat is started before this step; brings ranks whose beats fell out of step together again.
+    """
+
+    watermark: int = NONE
+    outstanding: tuple[int, ...] = ()
+    resume_at: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a beat decided. ``reason`` says why no snapshot is taken, None if one is, or if none was wanted."""
+
+    take: bool
+    reason: str | None = None
+    relayout: bool = False
+    stop: bool = False
+    busy_us: int = 0
+
+
+def settle(agreed: Agreed, facts: Facts, *, wanted: bool, slots: int) -> tuple[Agreed, Verdict]:
+    """Conclude from the reduced *facts* of one beat.
+
+    Args:
+        agreed: what the beats before this one led to.
+        facts: reduced over all ranks.
+        wanted: whether a snapshot of this step is asked for (``every``); the same on all ranks.
+        slots: how many slots each rank has; the same on all ranks.
+
+    Returns:
+        What is agreed now, and the verdict on the step ``facts.last_step``. With ``take`` the step is outstanding.
+    """
+    outstanding = tuple(s for s in agreed.outstanding if s != facts.discarded)
+    watermark = max([agreed.watermark, *(s for s in outstanding if s <= facts.complete)])
+    outstanding = tuple(s for s in outstanding if s > watermark)
+    step = facts.last_step
+    aligned = facts.first_step == facts.last_step
+    reason = _objection(facts, step, watermark, outstanding, slots, aligned) if wanted else None
+    take = wanted and reason is None
+    now = Agreed(
+        watermark,
+        (*outstanding, step) if take else outstanding,
+        agreed.resume_at if aligned else max(agreed.resume_at, step + 1),
+    )
+    return now, Verdict(take, reason, facts.relayout, facts.stop, facts.busy_us)
+
+
+def _objection(
+    facts: Facts, step: int, watermark: int, outstanding: tuple[int, ...], slots: int, aligned: bool
+) -> str | None:
+    """Why no snapshot is taken, or None. The words are those of metrics and logs."""
+    if not aligned:
+        return "ranks-apart"
+    if facts.relayout:
+        return "new-layout"
+    if not facts.able:
+        return "not-able"
+    if step <= max([watermark, *outstanding]):
+        return "step-not-newer"
+    held = (watermark != NONE) + len(outstanding)
+    if held + 1 > slots:
+        return "slots-busy"
+    return None
+
+
+def complete_here(agreed: Agreed, sealed: frozenset[int]) -> int:
+    """The ``complete`` fact of a rank on which the steps *sealed* are complete: the prefix rule of ``Facts.complete``."""
+    newest = agreed.watermark
+    for step in agreed.outstanding:
+        if step not in sealed:
+            break
+        newest = step
+    return newest

@@ -1,0 +1,185 @@
+"""The layout of an image: which slice of which tensor lies at which byte.
+
+An image is ``tensors | values``: the tensors' bytes at the offsets that the layout gives, 64-byte aligned; then, from
+``values_offset`` to the end of the image, the eager values as one ``codec`` message whose length may differ from step to
+step. A layout is immutable, numbered within its arena, and travels as canonical JSON text (``Layout.to_text``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import Corrupt
+
+ALIGNMENT = 64
+_FORMAT = 1
+
+# Element sizes in bytes of every dtype that may lie in an image; names are torch's, without the "torch." prefix.
+ITEM_BYTES: dict[str, int] = {
+    "bool": 1, "uint8": 1, "int8": 1, "int16": 2, "uint16": 2, "int32": 4, "uint32": 4, "int64": 8, "uint64": 8,
+    "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "complex32": 4, "complex64": 8, "complex128": 16,
+    "float8_e4m3fn": 1, "float8_e4m3fnuz": 1, "float8_e5m2": 1, "float8_e5m2fnuz": 1, "float8_e8m0fnu": 1,
+}  # fmt: skip
+
+
+def align(offset: int, to: int = ALIGNMENT) -> int:
+    """The smallest multiple of *to* that is not below *offset*."""
+    return -(-offset // to) * to
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A box of one global tensor: its identity, where it lies in that tensor, and nothing about memory.
+
+    ``start[d] .. start[d] + extent[d]`` is the half-open range along dimension d. A 0-d tensor has empty tuples.
+    ``members`` are the ranks that hold the very same box with the very same bytes, in rank order, or empty when only
+    this rank does; what such ranks hold is copied once between them (``partition``).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: tuple[int, ...]
+    extent: tuple[int, ...]
+    device: str = "cpu"  # device *type* the tensor lived on; a hint for tensors that restore has to create
+    members: tuple[int, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.extent) * ITEM_BYTES[self.dtype]
+
+    @property
+    def rows(self) -> int:
+        """How many rows (indices of dimension 0) the slice has; a 0-d slice is one row."""
+        return self.extent[0] if self.extent else 1
+
+    def narrowed(self, first: int, count: int) -> Slice:
+        """The rows ``first .. first + count`` of this slice, counted from its own start."""
+        if not self.extent:
+            return self
+        return Slice(
+            self.name,
+            self.dtype,
+            self.shape,
+            (self.start[0] + first, *self.start[1:]),
+            (count, *self.extent[1:]),
+            self.device,
+            self.members,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A slice and the byte at which it starts in the image (row-major, a multiple of 64)."""
+
+    slice: Slice
+    offset: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.slice.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """All slices of one rank's image, in the order of their offsets."""
+
+    number: int
+    placed: tuple[Placed, ...]
+    values_offset: int
+
+    @classmethod
+    def of(cls, number: int, slices: Iterable[Slice]) -> Layout:
+        """Place *slices* one after the other, in the given order."""
+        placed: list[Placed] = []
+        offset = 0
+        for piece in slices:
+            placed.append(Placed(piece, offset))
+            offset = align(offset + piece.nbytes)
+        return cls(number, tuple(placed), offset)
+
+    def to_text(self) -> bytes:
+        """Canonical JSON; equal layouts give equal bytes. Member lists are written once and referred to by index."""
+        groups = sorted({p.slice.members for p in self.placed})
+        index = {members: i for i, members in enumerate(groups)}
+        rows = [
+            [p.slice.name, p.slice.dtype, p.slice.shape, p.slice.start, p.slice.extent, p.slice.device,
+             index[p.slice.members], p.offset]
+            for p in self.placed
+        ]  # fmt: skip
+        document = {
+            "format": _FORMAT,
+            "number": self.number,
+            "values_offset": self.values_offset,
+            "groups": groups,
+            "slices": rows,
+        }
+        return json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+    @classmethod
+    def from_text(cls, text: bytes) -> Layout:
+        """Inverse of ``to_text``. Raises ``Corrupt`` for anything that ``to_text`` cannot have written."""
+        try:
+            document = json.loads(text.decode("utf-8", "surrogatepass"))
+            if document["format"] != _FORMAT:
+                raise Corrupt(f"layout of format {document['format']!r}, this version reads {_FORMAT}")
+            groups = [tuple(_naturals(g)) for g in document["groups"]]
+            placed = tuple(_placed(row, groups) for row in document["slices"])
+            layout = cls(_natural(document["number"]), placed, _natural(document["values_offset"]))
+        except Corrupt:
+            raise
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+            raise Corrupt(f"unreadable layout: {error!r}") from error
+        layout._check()
+        return layout
+
+    def _check(self) -> None:
+        end = 0
+        for item in self.placed:
+            if item.offset < end or item.offset % ALIGNMENT:
+                raise Corrupt(f"layout places {item.slice.name} at byte {item.offset}, over what lies before it")
+            end = item.end
+        if self.values_offset < end:
+            raise Corrupt(f"layout ends at {self.values_offset}, before its last slice does at {end}")
+
+
+def _natural(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise Corrupt(f"layout holds {value!r} where a natural number belongs")
+    return value
+
+
+def _naturals(values: Any) -> tuple[int, ...]:
+    return tuple(_natural(v) for v in values)
+
+
+def _placed(row: Sequence[Any], groups: Sequence[tuple[int, ...]]) -> Placed:
+    name, dtype, shape, start, extent, device, group, offset = row
+    if type(name) is not str or type(device) is not str or dtype not in ITEM_BYTES:
+        raise Corrupt(f"layout entry {name!r} has dtype {dtype!r} on {device!r}")
+    piece = Slice(name, dtype, _naturals(shape), _naturals(start), _naturals(extent), device, groups[_natural(group)])
+    if not len(piece.shape) == len(piece.start) == len(piece.extent) or any(
+        s + e > n for s, e, n in zip(piece.start, piece.extent, piece.shape, strict=True)
+    ):
+        raise Corrupt(f"layout entry {name!r} reaches outside its tensor")
+    return Placed(piece, _natural(offset))
+
+
+def differences(wanted: Iterable[Slice], held: Iterable[Slice]) -> list[str]:
+    """What keeps *held* from being restored onto *wanted*: one line per tensor, empty if nothing does.
+
+    Tensors are compared by name, dtype and global shape; how they are cut into slices does not matter here.
+    """
+    mine = {s.name: (s.dtype, s.shape) for s in wanted}
+    theirs = {s.name: (s.dtype, s.shape) for s in held}
+    lines = [f"{name}: in the snapshot, not in the live state" for name in theirs.keys() - mine.keys()]
+    lines += [f"{name}: in the live state, not in the snapshot" for name in mine.keys() - theirs.keys()]
+    for name in mine.keys() & theirs.keys():
+        if mine[name] != theirs[name]:
+            (my_dtype, my_shape), (dtype, shape) = mine[name], theirs[name]
+            lines.append(f"{name}: {my_dtype}{list(my_shape)} live, {dtype}{list(shape)} in the snapshot")
+    return sorted(lines)

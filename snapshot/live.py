@@ -1,0 +1,167 @@
+"""From images back into live tensors: every block is verified before any byte of it is used.
+
+Images are read in windows that fit the cache: a window's blocks are checksummed, then copied to where they belong, so the
+second pass over the bytes costs little; windows are shared out over threads, none of which holds the GIL while it works.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..crashpoints import reach
+from ..erasure.kernel import crc32c_at
+from ..errors import Corrupt
+from .arena import Place, Slot
+from .assembly import Read
+from .layout import Layout
+from .record import Record, SnapshotId
+from .state import Item
+
+_WINDOW_BLOCKS: Final = 4
+
+
+class SourceImage:
+    """One rank's image, opened to be restored from. Closes with the context.
+
+    Attributes:
+        record, layout: what it says of itself, both verified; the image's bytes are verified as they are read.
+    """
+
+    def __init__(self, path: str, rank: int, id: SnapshotId) -> None:
+        """Open. Raises ``Corrupt`` if the slot no longer holds that image, or its record or tables are damaged."""
+        self._slot = _open(path, rank)
+        record = self._slot.sealed_record()
+        if record is None or record.id != id or record.rank != rank:
+            raise Corrupt(f"{path} no longer holds {id} of rank {rank}")
+        self.record: Record = record
+        self._checks, text = self._slot.read_tables(record)
+        self.layout = Layout.from_text(text)
+        if self.layout.values_offset > record.image_bytes:
+            raise Corrupt(f"{path}: the layout of {id} is longer than its image")
+
+    @property
+    def address(self) -> int:
+        """Where the image starts in this process."""
+        return int(self._slot.image.ctypes.data)
+
+    def values(self) -> npt.NDArray[np.uint8]:
+        """The encoded values, verified and copied. Raises ``Corrupt``."""
+        first = self.layout.values_offset // self.record.block_bytes
+        for block in range(first, len(self._checks)):
+            self.verify(block)
+        return self._slot.image[self.layout.values_offset : self.record.image_bytes].copy()
+
+    def verify(self, block: int) -> None:
+        """Raise ``Corrupt`` if the bytes of *block* do not match their checksum."""
+        start = block * self.record.block_bytes
+        nbytes = min(self.record.block_bytes, self.record.image_bytes - start)
+        found = crc32c_at(self.address + start, nbytes)
+        if found != int(self._checks[block]):
+            raise Corrupt(
+                f"block {block} of {self.record.id} of rank {self.record.rank} ({self._slot.place.path}): "
+                f"crc32c {found:08x}, {int(self._checks[block]):08x} expected"
+            )
+
+    def view(self, offset: int, like: torch.Tensor) -> torch.Tensor:
+        """The bytes at *offset*, as a tensor shaped like *like*. Valid while this is open."""
+        flat = torch.from_numpy(self._slot.image[offset : offset + like.nbytes])
+        return flat.view(like.dtype).view(like.shape)
+
+    def close(self) -> None:
+        """Unmap."""
+        self._slot.close()
+
+
+def _open(path: str, rank: int) -> Slot:
+    """Map a slot by its path; its geometry is told by its record, which is checked on reading."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        record, _ = Record.from_bytes(file.read(255))
+    room = size - 8192
+    if not 0 <= record.table_bytes <= room:
+        raise Corrupt(
+            f"{path}: its record speaks of {record.table_bytes} bytes of tables, the file has room for {room}"
+        )
+    return Slot.open(Place(path, rank, 0, record.table_bytes, room - record.table_bytes))
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """One read, or a window's part of it: *nbytes* at *offset* of the image go to *address*."""
+
+    offset: int
+    nbytes: int
+    address: int
+
+
+def apply(items: Sequence[Item], reads: Sequence[Read], images: Mapping[int, SourceImage]) -> int:
+    """Fill the live tensors of *items* as *reads* say; returns the number of bytes.
+
+    Each byte is verified before it is used; yet if a later block proves damaged, what came before it is applied already.
+    Version counters of all filled tensors are raised.
+
+    Raises:
+        Corrupt: a block does not match its checksum. The live tensors are then partly overwritten.
+    """
+    rows = [(read, _rows(items[read.target], read)) for read in reads]
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1), "holdfast-restore") as pool:
+        for rank, image in images.items():
+            mine = [(read, tensor) for read, tensor in rows if read.rank == rank]
+            direct = [_Copy(r.offset, r.nbytes, t.data_ptr()) for r, t in mine if _is_direct(t)]
+            windows = _windows(direct, image.record.block_bytes * _WINDOW_BLOCKS)
+            list(pool.map(lambda window, image=image: _fill(image, window), windows))
+            reach("restore.inside-apply")
+            for read, tensor in mine:
+                if not _is_direct(tensor):
+                    _verify_range(image, read.offset, read.nbytes)
+                    with torch.no_grad():
+                        tensor.copy_(image.view(read.offset, tensor))
+    if any(item.tensor.device.type == "cuda" for item in items):
+        torch.cuda.synchronize()  # the slots may be unmapped as soon as we return
+    torch.autograd.graph.increment_version([item.tensor for item in items])
+    return sum(read.nbytes for read in reads)
+
+
+def _rows(item: Item, read: Read) -> torch.Tensor:
+    local = item.tensor.detach()
+    return local.narrow(0, read.first_row, read.rows) if local.ndim else local
+
+
+def _is_direct(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
+def _windows(copies: Sequence[_Copy], window_bytes: int) -> list[list[_Copy]]:
+    """Cut the copies at multiples of *window_bytes* of the image, and gather what lies in the same window."""
+    windows: dict[int, list[_Copy]] = {}
+    for copy in copies:
+        offset, end = copy.offset, copy.offset + copy.nbytes
+        while offset < end:
+            window = offset // window_bytes
+            stop = min(end, (window + 1) * window_bytes)
+            windows.setdefault(window, []).append(_Copy(offset, stop - offset, copy.address + offset - copy.offset))
+            offset = stop
+    return [windows[window] for window in sorted(windows)]
+
+
+def _fill(image: SourceImage, window: Sequence[_Copy]) -> None:
+    """Verify the blocks that the window touches, then copy out of the cache."""
+    low, high = min(c.offset for c in window), max(c.offset + c.nbytes for c in window)
+    _verify_range(image, low, high - low)
+    for copy in window:
+        ctypes.memmove(copy.address, image.address + copy.offset, copy.nbytes)
+
+
+def _verify_range(image: SourceImage, offset: int, nbytes: int) -> None:
+    size = image.record.block_bytes
+    for block in range(offset // size, -(-(offset + nbytes) // size)):
+        image.verify(block)
