@@ -124,8 +124,9 @@ class Arenas:
 
     def _make(self, place: Place) -> None:
         old = self._slots.pop((place.rank, place.index), None)
-        if old is not None:
+        if old is not None:  # its memory goes first: the budget has no room for both
             old.close()
+            os.unlink(old.place.path)
         slot = Slot.create(place)
         slot.prefault()
         self._slots[place.rank, place.index] = slot

@@ -56,7 +56,7 @@ class AgentClient:
         return self._ask("Inspect", wire.InspectRequest(run=run, step=step), wire.Inspection, timeout_s)
 
     def _ask(self, method: str, request: Message, reply: type[Reply], timeout_s: float) -> Reply:
-        call = self._channel.unary_unary(
+        call: grpc.UnaryUnaryMultiCallable[Any, Any] = self._channel.unary_unary(
             f"/{_SERVICE}/{method}",
             request_serializer=lambda message: message.SerializeToString(),
             response_deserializer=reply.FromString,
@@ -100,7 +100,7 @@ class Attachment:
         self._closing = False
         self._what = f"Attach of rank {hello.rank} to the agent at {settings.socket}"
         self._channel = grpc.insecure_channel(_own_socket(settings), options=_OPTIONS)
-        call = self._channel.stream_stream(
+        call: grpc.StreamStreamMultiCallable[Any, Any] = self._channel.stream_stream(
             f"/{_SERVICE}/Attach",
             request_serializer=lambda message: message.SerializeToString(),
             response_deserializer=wire.FromAgent.FromString,
@@ -115,10 +115,11 @@ class Attachment:
         """Queue *message*; after the stream has ended, this does nothing."""
         self._outbox.put(message)
 
-    def close(self, timeout_s: float = 2.0) -> None:
-        """Say goodbye, and wait until it was heard."""
+    def close(self, *, goodbye: bool, timeout_s: float = 2.0) -> None:
+        """End the stream, once what was sent is delivered. *goodbye*: nobody will come back for the snapshots."""
         self._closing = True
-        self.send(wire.FromTrainer(goodbye=wire.Goodbye()))
+        if goodbye:
+            self.send(wire.FromTrainer(goodbye=wire.Goodbye()))
         self._outbox.put(None)
         self._thread.join(timeout_s)
         self._channel.close()

@@ -49,8 +49,10 @@ class DaemonOptions:
     keep_s: float | None = 24 * 3600.0
 
 
-def run(settings: NodeSettings, options: DaemonOptions, version: str) -> None:
+def run(settings: NodeSettings, options: DaemonOptions, version: str, *, detached: bool = False) -> None:
     """Serve until SIGTERM, SIGINT or idleness. Prints the ready line once trainers can attach.
+
+    *detached*: standard output is the pipe to whoever waits for the ready line, and is let go after it.
 
     Raises:
         AgentError: another agent holds the folder.
@@ -62,10 +64,10 @@ def run(settings: NodeSettings, options: DaemonOptions, version: str) -> None:
     with contextlib.suppress(OSError):
         os.nice(5)  # training comes first
     with _sole_agent(settings):
-        asyncio.run(_serve(settings, options, version, f"{host}:{port}"))
+        asyncio.run(_serve(settings, options, version, f"{host}:{port}", detached))
 
 
-async def _serve(settings: NodeSettings, options: DaemonOptions, version: str, listen: str) -> None:
+async def _serve(settings: NodeSettings, options: DaemonOptions, version: str, listen: str, detached: bool) -> None:
     arenas = Arenas(settings, options.name, options.memory_limit_bytes, measure)
     for record in arenas.adopt():
         _log.info("adopted %s of rank %d", record.id, record.rank)
@@ -81,6 +83,9 @@ async def _serve(settings: NodeSettings, options: DaemonOptions, version: str, l
     await near.start()
     await far.start()
     _say_ready(settings, options, service)
+    if detached:
+        with open(os.devnull, "w") as null:
+            os.dup2(null.fileno(), sys.stdout.fileno())
     removing = await _until_done(service, options)
     # Trainers see the stream end and keep training; what they had fenced is sealed before we go.
     await asyncio.gather(near.stop(_GRACE_S if removing else 0), far.stop(0))

@@ -72,13 +72,11 @@ class AgentService:
             await context.abort(
                 grpc.StatusCode.INVALID_ARGUMENT, error_text(AgentError("the first message must be Hello"))
             )
-            return
         try:
             trainer, welcome = await self._admit(first.hello)
         except HoldfastError as error:
             _log.warning("rank %d refused: %s", first.hello.rank, error)
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error_text(error))
-            return
         _log.info("rank %d attached, pid %d", trainer.hello.rank, trainer.hello.pid)
         try:
             await context.write(wire.FromAgent(welcome=welcome))

@@ -6,7 +6,7 @@
 Kill it in any way, start it again the same way: it continues at the step it had reached, with the same losses as if
 nothing had happened. Torch's data loaders do not remember their position; this one does, in five lines.
 """
-# mypy: allow-untyped-calls  # backward() has no annotations
+# mypy: allow-untyped-calls
 
 from __future__ import annotations
 

@@ -220,7 +220,7 @@ class Slot:
         """Whether every length in the record stays inside this slot: checked before any of them is used."""
         return (
             record.table_bytes == self.place.table_bytes
-            and 0 < record.block_bytes
+            and record.block_bytes > 0
             and record.image_bytes <= self.place.image_bytes
             and 4 * -(-record.image_bytes // record.block_bytes) + record.layout_bytes <= self.place.table_bytes
         )

@@ -19,7 +19,8 @@ class Facts:
     """What one rank contributes; or, after the reduction, what holds of all of them.
 
     Attributes:
-        first_step, last_step: the step the rank is at; reduced, the range over all ranks.
+        first_beat, last_beat: ordinal of the beat; reduced, the range over all ranks. Equal unless ranks are out of step.
+        first_taken, last_taken: the newest step agreed to be taken; ranks that name their steps differently differ here.
         complete: the newest agreed step such that it and all older outstanding ones are complete here, or ``NONE``.
         discarded: a step taken before that this rank had to give up, or ``NONE``.
         able: no objection to a snapshot at this step.
@@ -28,8 +29,10 @@ class Facts:
         busy_us: how long this rank's last step took, in microseconds.
     """
 
-    first_step: int
-    last_step: int
+    first_beat: int
+    last_beat: int
+    first_taken: int = NONE
+    last_taken: int = NONE
     complete: int = NONE
     discarded: int = NONE
     able: bool = True
@@ -40,8 +43,10 @@ class Facts:
     def to_vector(self) -> list[int]:
         """int64 values whose elementwise minimum over the ranks is the vector of the reduced facts."""
         return [
-            self.first_step,
-            -self.last_step,
+            self.first_beat,
+            -self.last_beat,
+            self.first_taken,
+            -self.last_taken,
             self.complete,
             -self.discarded,
             int(self.able),
@@ -53,8 +58,10 @@ class Facts:
     @classmethod
     def from_vector(cls, vector: Sequence[int]) -> Facts:
         """Inverse of ``to_vector``."""
-        first, last, complete, discarded, able, relayout, stop, busy = vector
-        return cls(first, -last, complete, -discarded, bool(able), bool(-relayout), bool(-stop), -busy)
+        first, last, taken, last_taken, complete, discarded, able, relayout, stop, busy = vector
+        return cls(
+            first, -last, taken, -last_taken, complete, -discarded, bool(able), bool(relayout), bool(stop), -busy
+        )
 
 
 VECTOR_LENGTH = len(Facts(0, 0).to_vector())
@@ -67,7 +74,7 @@ class Agreed:
     Attributes:
         watermark: the newest step known complete on every rank (or the one restored from), ``NONE`` before the first.
         outstanding: steps taken after it, oldest first, not known complete everywhere.
-        resume_at: no beat is started before this step; brings ranks whose beats fell out of step together again.
+        resume_at: no beat of a lower ordinal is started; brings ranks whose beats fell out of step together again.
     """
 
     watermark: int = NONE
@@ -86,49 +93,46 @@ class Verdict:
     busy_us: int = 0
 
 
-def settle(agreed: Agreed, facts: Facts, *, wanted: bool, slots: int) -> tuple[Agreed, Verdict]:
+def settle(agreed: Agreed, facts: Facts, *, step: int, wanted: bool, slots: int) -> tuple[Agreed, Verdict]:
     """Conclude from the reduced *facts* of one beat.
 
     Args:
         agreed: what the beats before this one led to.
         facts: reduced over all ranks.
-        wanted: whether a snapshot of this step is asked for (``every``); the same on all ranks.
+        step: the step that the beat belongs to.
+        wanted: whether a snapshot of it is asked for (``every``); the same on all ranks.
         slots: how many slots each rank has; the same on all ranks.
 
     Returns:
-        What is agreed now, and the verdict on the step ``facts.last_step``. With ``take`` the step is outstanding.
+        What is agreed now, and the verdict on *step*. With ``take``, the step is outstanding.
     """
-    outstanding = tuple(s for s in agreed.outstanding if s != facts.discarded)
-    watermark = max([agreed.watermark, *(s for s in outstanding if s <= facts.complete)])
+    aligned = facts.first_beat == facts.last_beat
+    if facts.first_taken == facts.last_taken:
+        outstanding = tuple(s for s in agreed.outstanding if s != facts.discarded)
+        watermark = max([agreed.watermark, *(s for s in outstanding if s <= facts.complete)])
+    else:  # no two ranks mean the same by their steps: nothing outstanding can become complete
+        outstanding, watermark, aligned = (), agreed.watermark, False
     outstanding = tuple(s for s in outstanding if s > watermark)
-    step = facts.last_step
-    aligned = facts.first_step == facts.last_step
-    reason = _objection(facts, step, watermark, outstanding, slots, aligned) if wanted else None
+    reason = _objection(facts, aligned, step, watermark, outstanding, slots) if wanted else None
     take = wanted and reason is None
-    now = Agreed(
-        watermark,
-        (*outstanding, step) if take else outstanding,
-        agreed.resume_at if aligned else max(agreed.resume_at, step + 1),
-    )
+    resume_at = agreed.resume_at if facts.first_beat == facts.last_beat else facts.last_beat + 1
+    now = Agreed(watermark, (*outstanding, step) if take else outstanding, resume_at)
     return now, Verdict(take, reason, facts.relayout, facts.stop, facts.busy_us)
 
 
 def _objection(
-    facts: Facts, step: int, watermark: int, outstanding: tuple[int, ...], slots: int, aligned: bool
+    facts: Facts, aligned: bool, step: int, watermark: int, outstanding: tuple[int, ...], slots: int
 ) -> str | None:
     """Why no snapshot is taken, or None. The words are those of metrics and logs."""
-    if not aligned:
-        return "ranks-apart"
-    if facts.relayout:
-        return "new-layout"
-    if not facts.able:
-        return "not-able"
-    if step <= max([watermark, *outstanding]):
-        return "step-not-newer"
     held = (watermark != NONE) + len(outstanding)
-    if held + 1 > slots:
-        return "slots-busy"
-    return None
+    objections = {
+        "ranks-apart": not aligned,
+        "new-layout": facts.relayout,
+        "not-able": not facts.able,
+        "step-not-newer": step <= max([watermark, *outstanding]),
+        "slots-busy": held + 1 > slots,
+    }
+    return next((reason for reason, holds in objections.items() if holds), None)
 
 
 def complete_here(agreed: Agreed, sealed: frozenset[int]) -> int:

@@ -77,6 +77,7 @@ _HEADER_BYTES = _PREFIX.size + _CRC.size + _SIZES.size
 _PACK_FROM = 64
 # Shorter bytes than this are cheaper in the text than as a buffer of their own.
 _HEX_BELOW = 64
+_SHOWN_CHARACTERS = 120
 _INT64_MAX = (1 << 63) - 1
 _INT64_MIN = -(1 << 63)
 _MAX_DIMENSIONS = 64
@@ -237,6 +238,15 @@ def _aligned(nbytes: int) -> int:
 _to_json = json.JSONEncoder(ensure_ascii=False, check_circular=False, allow_nan=False, separators=(",", ":")).encode
 
 
+def _shown(value: object) -> str:
+    """*value* for a message: short, on one line."""
+    try:
+        text = " ".join(reprlib.repr(value).split())  # what a value's own repr raises, reprlib catches
+    except ValueError:  # an integer of more digits than Python prints
+        text = f"<{type(value).__qualname__}>"
+    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"
+
+
 def _no_constant(name: str) -> object:
     raise ValueError(f"{name} is not JSON")
 
@@ -283,9 +293,7 @@ def _refused(value: object) -> _Refusal:
         hint = "of NumPy's scalars, fixed-size numbers and bools can"
     else:
         hint = "give its owner a state_dict() of plain values, or leave it out of the state"
-    # reprlib: short, and never fails, whatever the value's own repr does.
-    shown = " ".join(reprlib.repr(value).split())
-    return _Refusal(f"{shown} of type {kind.__qualname__} cannot be captured without pickle; {hint}")
+    return _Refusal(f"{_shown(value)} of type {kind.__qualname__} cannot be captured without pickle; {hint}")
 
 
 def _deeper(depth: int) -> int:
@@ -305,12 +313,16 @@ def _is_key(key: object, depth: int = 0) -> bool:
 def _set_order(value: object, depth: int = 0) -> str:
     """A sort key for the elements of a set: the same in every process, whatever the hashes are."""
     kind = type(value)
-    if (kind is tuple or kind is frozenset) and depth <= MAX_DEPTH:
-        parts: Iterable[str] = (_set_order(item, depth + 1) for item in value)  # type: ignore[attr-defined]
+    if depth > MAX_DEPTH:
+        return ""  # refused later, for its depth
+    if isinstance(value, range):
+        value = (value.start, value.stop, value.step)
+    if isinstance(value, tuple | frozenset):
+        parts: Iterable[str] = (_set_order(item, depth + 1) for item in value)
         return f"{kind.__name__}({','.join(sorted(parts) if kind is frozenset else parts)})"
     if kind is int:
         return f"int:{value:x}"  # base ten is limited in length
-    return f"{kind.__name__}:{value!r}" if kind in _ENCODERS else f"{kind.__qualname__}:{reprlib.repr(value)}"
+    return f"{kind.__name__}:{value!r}" if kind in _ENCODERS else f"{kind.__qualname__}:{_shown(value)}"
 
 
 class _Encoder:
@@ -457,9 +469,9 @@ class _Encoder:
             for key, item in value.items():
                 step = f".keys()[{len(nodes) // 2}]"
                 if not _is_key(key):
-                    raise _Refusal(f"{reprlib.repr(key)} of type {type(key).__qualname__} cannot be captured as a key")
+                    raise _Refusal(f"{_shown(key)} of type {type(key).__qualname__} cannot be captured as a key")
                 nodes.append(self.value(key, depth))
-                step = f"[{key!r}]" if type(key) is str else f"[{reprlib.repr(key)}]"
+                step = f"[{key!r}]" if type(key) is str else f"[{_shown(key)}]"
                 nodes.append(self.value(item, depth))
         except _Refusal as refusal:
             raise refusal.leave(value, step) from None
@@ -514,7 +526,7 @@ class _Decoder:
         tag = node["$"]
         decoder = _DECODERS.get(tag) if isinstance(tag, str) else None
         if decoder is None:
-            raise Corrupt(f"encoded state: unknown tag {reprlib.repr(tag)}")
+            raise Corrupt(f"encoded state: unknown tag {_shown(tag)}")
         return decoder(self, node, depth)
 
     def deeper(self, depth: int) -> int:
@@ -538,7 +550,7 @@ class _Decoder:
         """The raw bytes that *node* names: a view, to be copied."""
         at, nbytes = node.get("at"), node.get("nbytes")
         if type(at) is not int or type(nbytes) is not int or at != self.end or nbytes < 0:
-            raise Corrupt(f"encoded state: a buffer out of order: {reprlib.repr(node)}, expected at {self.end}")
+            raise Corrupt(f"encoded state: a buffer out of order: {_shown(node)}, expected at {self.end}")
         if at + nbytes > len(self.raw):
             raise Corrupt(f"encoded state: a buffer [{at}, {at + nbytes}) beyond the {len(self.raw)} raw bytes")
         self.end = _aligned(at + nbytes)
@@ -644,7 +656,7 @@ class _Decoder:
             raise
         except Exception as error:  # whatever a hook does with bytes that nobody vouches for
             what = leaf.tag if isinstance(leaf, Tagged) else f"{leaf.dtype}{list(leaf.shape)}"
-            raise Corrupt(f"encoded state: {reprlib.repr(what)} cannot be restored: {error}") from error
+            raise Corrupt(f"encoded state: {_shown(what)} cannot be restored: {error}") from error
 
 
 _DECODERS: Final[dict[str, Callable[[_Decoder, dict[str, Node], int], object]]] = {
@@ -671,7 +683,7 @@ _DECODERS: Final[dict[str, Callable[[_Decoder, dict[str, Node], int], object]]] 
 
 
 def _malformed(node: Node) -> Corrupt:
-    return Corrupt(f"encoded state: malformed {reprlib.repr(node)}")
+    return Corrupt(f"encoded state: malformed {_shown(node)}")
 
 
 def _require(condition: bool, node: Node) -> None:

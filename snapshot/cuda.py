@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ class CudaCopier(Copier):
     """Copies on one side stream. All lazy tensors lie on the current device."""
 
     def __init__(self) -> None:
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._landed: torch.cuda.Event | None = None
         self._pool = ThreadPoolExecutor(1, "holdfast-copy")
         self._registered: set[int] = set()
@@ -53,7 +54,7 @@ class CudaCopier(Copier):
             else:
                 self._enqueue(binding, slot)
             # A blocking event lets the waiting thread sleep in the driver instead of spinning.
-            landed = torch.cuda.Event(blocking=True)
+            landed = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             landed.record(self._stream)
         self._landed = landed
         self._pool.submit(self._wait, landed, start_s, done)
@@ -71,7 +72,7 @@ class CudaCopier(Copier):
         self._recorded.pop(slot.inode, None)
         if slot.inode in self._registered:
             self._registered.discard(slot.inode)
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(slot.image.ctypes.data)))
+            _driver(lambda runtime: runtime.cudaHostUnregister(slot.image.ctypes.data))
 
     def close(self) -> None:
         self._pool.shutdown(wait=True)
@@ -87,9 +88,7 @@ class CudaCopier(Copier):
     def _register(self, slot: Slot) -> None:
         """Page-lock the slot's image, once: copies into pageable memory would be staged, and would block."""
         if slot.inode not in self._registered:
-            torch.cuda.check_error(
-                int(torch.cuda.cudart().cudaHostRegister(slot.image.ctypes.data, slot.image.nbytes, 0))
-            )
+            _driver(lambda runtime: runtime.cudaHostRegister(slot.image.ctypes.data, slot.image.nbytes, 0))
             self._registered.add(slot.inode)
 
     def _record(self, binding: Binding, slot: Slot) -> _Recorded:
@@ -97,18 +96,23 @@ class CudaCopier(Copier):
         known = self._recorded.get(slot.inode)
         if known is not None and known.binding is binding:
             return known
-        graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
+        recorded = self._recorded[slot.inode] = _Recorded(binding, graph)
         try:
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._enqueue(binding, slot)
         except RuntimeError as error:
             _log.warning("the copies could not be captured as a CUDA graph, and are enqueued one by one: %s", error)
-            graph = None
-        self._recorded[slot.inode] = _Recorded(binding, graph)
-        return self._recorded[slot.inode]
+            recorded.graph = None
+        return recorded
 
     def _enqueue(self, binding: Binding, slot: Slot) -> None:
         parts = binding.lazy
         with torch.no_grad():
             for view, (tensor, _) in zip(parts.views(slot, parts.small), parts.small, strict=True):
                 view.copy_(tensor, non_blocking=True)
+
+
+def _driver(call: Callable[[Any], Any]) -> None:
+    """Call the CUDA runtime. Raises ``RuntimeError`` with its message on failure."""
+    torch.cuda.check_error(int(call(torch.cuda.cudart())))  # type: ignore[no-untyped-call]

@@ -8,7 +8,8 @@ its record (*prepared*), and the trainer has passed the fence with no tensor tou
                       │    PREPARED            FENCED          ▲
                       └──────────▶ RECORDED ───────────────────┘
 
-DISCARDED leads from everywhere back to FREE; OPEN leads from SEALED to COPYING: the slot is overwritten.
+DISCARDED leads from everywhere back to FREE; OPEN leads from SEALED to COPYING: the slot is overwritten. A slot too
+small for the image is OUTGROWN, and FREE again once the agent has replaced it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Stage(Enum):
     CLEAN = auto()  # fenced: the copy is exact; the record is outstanding
     RECORDED = auto()  # prepared: the record is written; the copy may still turn out torn
     SEALED = auto()  # holds a snapshot
+    GROWING = auto()  # being replaced by a larger one; holds nothing
 
 
 class Event(Enum):
@@ -38,6 +40,7 @@ class Event(Enum):
     FENCED = auto()
     PREPARED = auto()
     DISCARDED = auto()
+    OUTGROWN = auto()
 
 
 _TRANSITIONS: Final[dict[tuple[Stage, Event], Stage]] = {
@@ -47,6 +50,8 @@ _TRANSITIONS: Final[dict[tuple[Stage, Event], Stage]] = {
     (Stage.COPYING, Event.PREPARED): Stage.RECORDED,
     (Stage.CLEAN, Event.PREPARED): Stage.SEALED,
     (Stage.RECORDED, Event.FENCED): Stage.SEALED,
+    (Stage.FREE, Event.OUTGROWN): Stage.GROWING,
+    (Stage.SEALED, Event.OUTGROWN): Stage.GROWING,
     **{(stage, Event.DISCARDED): Stage.FREE for stage in Stage},
 }
 
@@ -63,8 +68,8 @@ class SlotState:
         stage = _TRANSITIONS.get((self.stage, event))
         assert stage is not None, f"{event.name} cannot happen to a slot that is {self.stage.name} ({self.id})"
         assert (id is not None) == (event is Event.OPEN)
-        if stage is Stage.FREE:
-            return SlotState()
+        if stage in (Stage.FREE, Stage.GROWING):
+            return SlotState(stage)
         return SlotState(stage, id or self.id)
 
 

@@ -274,11 +274,16 @@ class TrainingState:
             optimizer.state[parameter][key] = tensor
 
     def predicted_bytes(self) -> int:
-        """An upper estimate of this rank's tensors, with the optimizer state that its first step will create."""
-        items = self.survey().items
-        nbytes = sum(align(item.slice.nbytes) for item in items)
+        """An upper estimate of this rank's share of the tensors, with the state that optimizers will create."""
+        nbytes = sum(align(item.slice.nbytes) // _copies(item.slice.members) for item in self.survey().items)
+        replicas = {id(owner.parameter): _copies(owner.replicas) for owner in self._owners()}
         absent = [o for o in self.optimizers.values() if not o.state]
-        return nbytes + sum(_predicted_state_bytes(optimizer) for optimizer in absent)
+        return nbytes + sum(_predicted_state_bytes(optimizer, replicas) for optimizer in absent)
+
+
+def _copies(members: tuple[int, ...]) -> int:
+    """Among how many ranks the bytes are shared out."""
+    return max(len(members), 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -355,7 +360,7 @@ def _item(name: str, source: torch.Tensor, replicas: tuple[int, ...], *, lazy: b
             raise StateRefused(f"{name}: a DTensor with pending partial sums {source.placements} cannot be captured")
         replicas = _mesh_replicas(source)
         local = source.to_local()
-        chunks = source.__create_chunk_list__()
+        chunks = source.__create_chunk_list__()  # type: ignore[no-untyped-call]
         if len(chunks) != 1:
             raise StateRefused(f"{name}: the local part of this DTensor is {len(chunks)} boxes; one is needed")
         start, extent = tuple(chunks[0].offsets), tuple(chunks[0].sizes)
@@ -397,31 +402,45 @@ def _fresh_state(name: str, owner: _Owner, piece: Slice) -> Item:
     return _item(name, tensor, owner.replicas, lazy=True)
 
 
-def _predicted_state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """What one step of a twin of *optimizer* on shapes alone creates; three times the parameters if there can be no twin."""
-    parameters = [_local_shape(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+def _predicted_state_bytes(optimizer: torch.optim.Optimizer, copies: Mapping[int, int]) -> int:
+    """What one step of a twin of *optimizer* on shapes alone creates; three times the parameters if there can be no twin.
+
+    *copies*: by a parameter's identity, among how many ranks its state is shared out.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    shapes = {id(p): nn.Parameter(torch.empty_like(_local(p), device="meta")) for p in parameters}
     try:
-        twins = iter([nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta")) for p in parameters])
-        groups = [
-            {
-                **{k: v for k, v in group.items() if k not in ("params", "fused", "foreach", "capturable")},
-                "params": [next(twins) for p in group["params"] if p.requires_grad],
-            }
-            for group in optimizer.param_groups
-        ]
-        twin = type(optimizer)([g for g in groups if g["params"]])  # type: ignore[call-arg]
-        for group in twin.param_groups:
-            for p in group["params"]:
-                p.grad = torch.empty_like(p)
-        twin.step()
+        state = _twin_state(optimizer, shapes)
     except Exception:  # noqa: BLE001 - any optimizer's code may run here, and only an estimate is at stake
-        return 3 * sum(align(p.nbytes) for p in parameters)
-    tensors = (v for state in twin.state.values() for v in state.values() if isinstance(v, torch.Tensor))
-    return sum(align(tensor.nbytes) for tensor in tensors)
+        return sum(3 * align(shapes[id(p)].nbytes) // copies[id(p)] for p in parameters)
+    return sum(
+        align(value.nbytes) // copies[id(p)]
+        for p in parameters
+        for value in state.get(shapes[id(p)], {}).values()
+        if isinstance(value, torch.Tensor)
+    )
 
 
-def _local_shape(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+def _twin_state(optimizer: torch.optim.Optimizer, shapes: Mapping[int, nn.Parameter]) -> Mapping[torch.Tensor, Any]:
+    """The state that an optimizer of the same kind and options creates for parameters of these shapes."""
+    skipped = {"params", "fused", "foreach", "capturable"}  # ways of computing, which have demands on the device
+    groups = [
+        {
+            **{key: value for key, value in group.items() if key not in skipped},
+            "params": [shapes[id(p)] for p in group["params"] if id(p) in shapes],
+        }
+        for group in optimizer.param_groups
+    ]
+    twin = type(optimizer)([group for group in groups if group["params"]])  # type: ignore[call-arg]
+    for parameter in shapes.values():
+        parameter.grad = torch.empty_like(parameter)
+    twin.step()
+    return twin.state
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
 
 
 # -- values --------------------------------------------------------------------------------------------------------------
@@ -519,7 +538,7 @@ def from_leaf(value: Raw | Tagged) -> object:
 
 def random_state() -> dict[str, Any]:
     """The state of every global random generator of this process; draws from none of them."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     return {
         "python": _python_state(random),
         "numpy": np.random.get_state(legacy=False),

@@ -20,7 +20,13 @@ if TYPE_CHECKING:
     from .driver import Outcome, Plan, Watch
 
 _RUNS: Final = ("reference", "attacked")
-_DIFFERENCES_SHOWN: Final = 10
+_KILLED: Final = {
+    Target.TRAINER: "every rank",
+    Target.RANK: "{rank}",
+    Target.AGENT: "agent",
+    Target.ALL: "ranks and agent",
+}
+_DIFFERENCES_SHOWN: Final = 5
 
 
 @click.command()
@@ -149,18 +155,19 @@ def _show(plan: Plan, outcome: Outcome, report: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console()
-    table = Table(title="Kills")
-    for heading in ("#", "killed", "newest step", "restored", "lost steps", "restore s", "kill to next step s"):
+    table = Table()
+    for heading in ("kill", "of", "at step", "restored", "lost steps", "restore", "kill to next step"):
         table.add_column(heading, justify="right")
     for number, cost in enumerate(outcome.verdict.costs, start=1):
+        restarted = cost.restored_step is not None
         table.add_row(
             str(number),
-            f"{cost.landed.target.value} ({', '.join(cost.landed.victims)})",
+            _KILLED[cost.landed.target].format(rank=cost.landed.victims[0]),
             str(cost.newest_step),
-            "-" if cost.restored_step is None else str(cost.restored_step),
+            str(cost.restored_step) if restarted else "-",
             str(cost.lost_steps),
-            "-" if cost.restore_s is None else f"{cost.restore_s:.3f}",
-            "-" if cost.recovery_s is None else f"{cost.recovery_s:.2f}",
+            "-" if cost.restore_s is None else f"{cost.restore_s * 1e3:.0f} ms",
+            "-" if cost.recovery_s is None else f"{cost.recovery_s:.2f} s",
         )
     if outcome.landed:
         console.print(table)
@@ -177,8 +184,8 @@ def _show_verdict(console: Console, plan: Plan, outcome: Outcome, report: dict[s
     console.print(f"Records in {plan.out}/" + (f", loss curves in {report['plot']}" if "plot" in report else ""))
     compared = f"{verdict.losses_compared} losses ({verdict.repeated_steps} of repeated steps) and the final state"
     if verdict.bit_exact:
-        console.print(f"[bold green]Bit-exact:[/] {compared} of {plan.ranks} ranks equal the undisturbed run.")
+        console.print(f"[bold green]Bit-exact:[/] {compared} of every rank equal the undisturbed run.")
         return
     console.print(f"[bold red]NOT bit-exact:[/] compared {compared}; {len(verdict.differences)} differences:")
     for text in verdict.differences[:_DIFFERENCES_SHOWN]:
-        console.print(f"  {text}", highlight=False, markup=False)
+        console.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)

@@ -218,7 +218,7 @@ def _environment(settings: NodeSettings) -> Mapping[str, str]:
     """That of this process, with the job of its own; an agent of the user's is left out of it."""
     environment = {name: value for name, value in os.environ.items() if name != "HOLDFAST_AGENT"}
     environment |= {"HOLDFAST_JOB": settings.job, "HOLDFAST_SHM": str(settings.shm)}
-    # torchrun keeps one store over all restarts (pytorch issue 135712): gloo then finds the addresses of dead ranks in it.
+    # Else torchrun keeps one store over all restarts (pytorch issue 135712), and gloo connects to the dead found in it.
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     # More threads than one would sum in an order that depends on timing: no run would equal another.
     return environment | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

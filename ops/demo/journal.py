@@ -8,7 +8,8 @@
     torchrun.log         what torchrun and the ranks printed
 
 A *life* is one process of a rank, numbered alike on every rank. ``start`` is the step that the life continues from; the
-loss of step s is that of the s-th optimizer step, 1-based, written after it. ``stall_ms`` is null without Checkpointer.
+loss of step s is that of the s-th optimizer step, 1-based, written after it. ``stall_ms`` is what the calls of the
+Checkpointer took in the last step that has been accounted for, null where there is none.
 """
 
 from __future__ import annotations

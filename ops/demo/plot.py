@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ...errors import ConfigError
 from .journal import RankRecord
@@ -12,6 +12,9 @@ from .verdict import KillCost, Verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+_LIVES_NAMED: Final = 11
+"""The legend names no more lives than this: a dozen entries are the most that can be told apart."""
 
 
 def check_plotting() -> None:
@@ -42,7 +45,8 @@ def draw(reference: RankRecord, attacked: RankRecord, verdict: Verdict, path: Pa
     axes.set_ylabel(f"loss of rank {reference.rank}, nats per byte")
     axes.grid(alpha=0.25)
     axes.margins(x=0.01)
-    axes.legend(loc="upper right", fontsize=9, framealpha=0.9)
+    # Below the axes: inside, it would hide the kills on whichever side it stood.
+    figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     figure.savefig(path, dpi=120)
 
 
@@ -63,19 +67,20 @@ def _curves(axes: Axes, reference: RankRecord, attacked: RankRecord) -> None:
             color=f"C{index % 10}",
             linewidth=1.4,
             marker="." if len(life.steps) == 1 else None,
-            label=f"life {life.life}, from step {life.start}",
+            label=f"life {life.life}, from step {life.start}" if index < _LIVES_NAMED else None,
         )
 
 
 def _kills(axes: Axes, costs: Sequence[KillCost]) -> None:
     """A dashed line at each kill, and from it an arrow back to the step that training continued from."""
+    left, right = axes.get_xlim()
     upright = axes.get_xaxis_transform()  # x in steps, y in parts of the height
     for number, cost in enumerate(costs, start=1):
         height = 0.93 - 0.07 * ((number - 1) % 5)
         axes.axvline(cost.newest_step, color="crimson", linestyle="--", linewidth=1, alpha=0.7)
         text = f"✗ {cost.landed.target.value}"
         if cost.restored_step is not None:
-            text += f" → {cost.restored_step}"
+            text += f", restored {cost.restored_step}"
             axes.annotate(
                 "",
                 xy=(cost.restored_step, height - 0.02),
@@ -88,8 +93,9 @@ def _kills(axes: Axes, costs: Sequence[KillCost]) -> None:
             text,
             xy=(cost.newest_step, height),
             xycoords=upright,
-            xytext=(4, 0),
+            xytext=(4, 0) if cost.newest_step < (left + right) / 2 else (-4, 0),
             textcoords="offset points",
+            horizontalalignment="left" if cost.newest_step < (left + right) / 2 else "right",
             color="crimson",
             fontsize=8,
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},

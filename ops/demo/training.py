@@ -85,8 +85,7 @@ def train(task: Task, watch: Stopwatch) -> None:
         journal.write(LifeStarted(task.life, start, time.time(), watch.split_s))
         for step in range(start + 1, task.steps + 1):
             loss = _train_step(training)
-            stall_s = ckpt.stats().stall_s[-1:] if ckpt else []
-            stall_ms = round(stall_s[0] * 1e3, 4) if stall_s else None
+            stall_ms = round(ckpt.stats().stall_s[-1] * 1e3, 4) if ckpt and ckpt.stats().stall_s else None
             # Before the snapshot: no snapshot holds a step that the journal does not.
             journal.write(StepDone(task.life, step, loss.hex(), time.time(), stall_ms))
             if ckpt:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
-from .journal import LifeRecord, RankRecord
+from .journal import RankRecord
 from .schedule import Landed
+
+DIFFERENCES_SHOWN: Final = 20
+"""How many differences a summary spells out. One wrong bit makes all later losses wrong; the first ones tell most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,8 +19,10 @@ class KillCost:
     """What one kill cost.
 
     Attributes:
-        lost_steps: newest step that any rank had logged before the kill, minus the step restored after it.
-        restore_s: the slowest rank's restore in the life after the kill; None if no process had to start again.
+        newest_step: the newest that any rank had logged when the kill landed.
+        restored_step: the one that training continued from; None if no process had to start again.
+        lost_steps: the difference of the two.
+        restore_s: the slowest rank's restore in the life after the kill; None likewise.
         recovery_s: from the kill to the first step after it; None likewise.
         split_s: where the slowest-starting rank of the life after the kill spent its time; empty likewise.
     """
@@ -73,7 +78,8 @@ class Verdict:
             "lives": self.lives,
             "losses_compared": self.losses_compared,
             "repeated_steps": self.repeated_steps,
-            "differences": list(self.differences),
+            "difference_count": len(self.differences),
+            "differences": list(self.differences[:DIFFERENCES_SHOWN]),
         }
 
 
@@ -98,6 +104,8 @@ def judge(
         seen = [done.step for life in found.lives for done in life.steps]
         compared += len(seen)
         repeated += len(seen) - len(set(seen))
+    if not compared:
+        differences.append("there was no loss to compare")
     return Verdict(
         differences=differences,
         losses_compared=compared,
@@ -162,11 +170,15 @@ def _wrong_final(expected: RankRecord, found: RankRecord) -> Iterator[str]:
 
 
 def _cost(kill: Landed, attacked: Sequence[RankRecord]) -> KillCost:
+    if not kill.target.ends_life:
+        return KillCost(kill, kill.step, None, None, None, {})
     newest = max(
         (done.step for record in attacked for life in record.lives if life.life <= kill.life for done in life.steps),
         default=0,
     )
-    after = _lives_after(kill, attacked)
+    later = [life for record in attacked for life in record.lives if life.life > kill.life]
+    first = min((life.life for life in later), default=None)
+    after = [life for life in later if life.life == first]
     if not after:
         return KillCost(kill, newest, None, None, None, {})
     slowest = max(after, key=lambda life: sum(life.split_s.values()))
@@ -179,12 +191,3 @@ def _cost(kill: Landed, attacked: Sequence[RankRecord]) -> KillCost:
         recovery_s=round(max(first_steps) - kill.wall_s, 3) if first_steps else None,
         split_s=slowest.split_s,
     )
-
-
-def _lives_after(kill: Landed, attacked: Sequence[RankRecord]) -> list[LifeRecord]:
-    """The first life that any rank began after *kill* ended one, on all ranks; none if the kill ended no life."""
-    if not kill.target.ends_life:
-        return []
-    later = [life for record in attacked for life in record.lives if life.life > kill.life]
-    first = min((life.life for life in later), default=None)
-    return [life for life in later if life.life == first]

@@ -11,15 +11,18 @@ import os
 import select
 import shutil
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from ...errors import DeadlinePassed
 from .journal import announced, started_ticks
 from .schedule import Planned, Target
 
-AGENT_EXIT_S: Final = 10.0
+EXIT_S: Final = 10.0
+DISMISSAL_S: Final = 30.0
 _PID_NAME: Final = "agent.pid"
 
 
@@ -66,16 +69,19 @@ class Job:
             with self._rank(rank, None) as victim:
                 if victim:
                     victim.send(signal.SIGKILL)
-                    victim.ended(AGENT_EXIT_S)
+                    victim.ended(EXIT_S)
 
     def dismiss_agent(self) -> None:
         """End the agent, kindly first, and remove the job's shared memory. The ranks must have ended."""
-        with self._agent() as victim:
-            if victim:
-                victim.send(signal.SIGTERM)
-                if not victim.ended(AGENT_EXIT_S):
-                    victim.send(signal.SIGKILL)
-                    victim.ended(AGENT_EXIT_S)
+        # Not by agent.pid alone: a rank may have died while it was starting an agent, which has yet to write it.
+        deadline = time.monotonic() + DISMISSAL_S
+        while pids := [pid for pid in _every_pid() if self._is_agent(pid)]:
+            for pid in pids:
+                with _held("agent", pid) as victim:
+                    if victim:
+                        _end(victim)
+            if time.monotonic() > deadline:
+                raise DeadlinePassed(f"waited {DISMISSAL_S:g} s for the agent of {self._shm} to end (pids {pids})")
         shutil.rmtree(self._shm, ignore_errors=True)
 
     @contextlib.contextmanager
@@ -95,7 +101,23 @@ class Job:
             yield None
             return
         with _held("agent", pid) as victim:
-            yield victim if victim and b"holdfast" in _command_line(pid) else None
+            yield victim if victim and self._is_agent(pid) else None
+
+    def _is_agent(self, pid: int) -> bool:
+        """Whether *pid* was started to serve this job's folder, whose name no other process has on its command line."""
+        arguments = _command_line(pid).split(b"\0")
+        return b"agent" in arguments and os.fsencode(self._shm) in arguments
+
+
+def _end(victim: Victim) -> None:
+    victim.send(signal.SIGTERM)
+    if not victim.ended(EXIT_S):
+        victim.send(signal.SIGKILL)
+        victim.ended(EXIT_S)
+
+
+def _every_pid() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
 @contextlib.contextmanager

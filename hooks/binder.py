@@ -1,0 +1,119 @@
+"""Follows the layout of the live state: notices when it changes, agrees with the replicas, ties it to live tensors."""
+
+from __future__ import annotations
+
+import logging
+
+from ..errors import DeadlinePassed, HoldfastError
+from ..snapshot.arena import Slot
+from ..snapshot.capture import Binding, bind, rebound
+from ..snapshot.layout import Layout
+from ..snapshot.partition import share
+from ..snapshot.replicas import confirmed, sums
+from ..snapshot.state import Survey, TrainingState
+from .ranks import Pending, Ranks
+
+_log = logging.getLogger(__name__)
+# A tensor that was mutated in the window so often is copied eagerly from then on (design: twice).
+_TORN_LIMIT = 2
+
+
+class Binder:
+    """This rank's current binding, and the agreement that a new one needs.
+
+    A layout depends on what the replicas confirm, so making one takes a collective exchange (``begin``, ``finish``).
+    As long as only addresses change, the binding is renewed locally.
+    """
+
+    def __init__(self, state: TrainingState, ranks: Ranks) -> None:
+        self._state = state
+        self._ranks = ranks
+        self._binding: Binding | None = None
+        self._exchange: tuple[Survey | None, Pending] | None = None
+        self._torn: dict[str, int] = {}
+        self._number = 0
+
+    @property
+    def pending(self) -> bool:
+        """Whether an exchange is under way."""
+        return self._exchange is not None
+
+    @property
+    def started(self) -> bool:
+        """Whether a layout was ever asked for."""
+        return self._binding is not None or self.pending
+
+    def begin(self) -> None:
+        """Survey the state and begin the exchange. Collective; reads all bytes that are shared with replicas.
+
+        Raises ``StateRefused`` after having taken part with nothing to share: the other ranks count on an answer.
+        """
+        try:
+            survey = self._state.survey()
+        except HoldfastError:
+            self._exchange = (None, self._ranks.exchange(sums(())))
+            raise
+        self._exchange = (survey, self._ranks.exchange(sums(survey.items)))
+
+    def finish(self, timeout_s: float) -> bool:
+        """Make the layout if the exchange ends in time; True if none is pending any more."""
+        if self._exchange is None:
+            return True
+        survey, pending = self._exchange
+        gathered = pending.result(timeout_s)
+        if gathered is None:
+            return False
+        self._exchange = None
+        if survey is None:
+            self._binding = None
+            return True
+        held, split = confirmed([item.slice for item in survey.items], gathered, self._ranks.rank)
+        for members in split:
+            _log.warning("ranks %s should hold the same bytes and do not; each keeps its own copy", list(members))
+        self._number += 1
+        layout = Layout.of(self._number, share(held, self._ranks.rank))
+        self._binding = bind(layout, survey, self._eager_names())
+        return True
+
+    def first(self, timeout_s: float) -> None:
+        """The first layout of a run, with all ranks waiting for each other. Raises ``DeadlinePassed``."""
+        if not self.started:
+            self.begin()
+        if not self.finish(timeout_s):
+            raise DeadlinePassed(f"not all {self._ranks.world} ranks described their state within {timeout_s:g} s")
+
+    def current(self) -> Binding | None:
+        """The binding, true to the live tensors; None if the state needs a new layout first."""
+        if not self.finish(0.0) or self._binding is None:
+            return None
+        if not self._state.unchanged(self._binding.survey) or rebound(self._binding):
+            survey = self._state.survey()
+            if [i.slice for i in survey.items] != [i.slice for i in self._binding.survey.items]:
+                return None
+            self._binding = bind(self._binding.layout, survey, self._eager_names())
+        return self._binding
+
+    def note_torn(self, names: list[str]) -> None:
+        """Count tensors that were mutated in the window; those that make a habit of it become eager."""
+        for name in names:
+            self._torn[name] = self._torn.get(name, 0) + 1
+            if self._torn[name] == _TORN_LIMIT:
+                _log.warning(
+                    "%s was mutated %d times while being copied; from now on it is copied eagerly", name, _TORN_LIMIT
+                )
+        if self._binding is not None and self._eager_names() & set(self._binding.names):
+            self._binding = bind(self._binding.layout, self._binding.survey, self._eager_names())
+
+    def forget(self) -> None:
+        """The state was replaced (restore): start over."""
+        self._binding = None
+        self._exchange = None
+
+    def forget_slot(self, slot: Slot) -> None:
+        """Let go of the views into a slot's memory."""
+        if self._binding is not None:
+            self._binding.lazy.forget(slot)
+            self._binding.eager.forget(slot)
+
+    def _eager_names(self) -> set[str]:
+        return {name for name, count in self._torn.items() if count >= _TORN_LIMIT}

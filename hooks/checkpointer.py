@@ -1,0 +1,549 @@
+"""The training loop's side of Holdfast: one object, one call per step.
+
+ckpt = holdfast.Checkpointer(model=model, optimizer=optimizer, extras={"scheduler": scheduler, "loader": loader})
+start = ckpt.restore() or 0
+for step in range(start, steps):
+    ...                          # forward, backward
+    optimizer.step()             # fenced by a hook
+    ckpt.step(step + 1)          # returns at once
+ckpt.close()
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import uuid
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Final, Literal, Self
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from .._version import __version__
+from ..agent import wire_pb2 as wire
+from ..agent.settings import NodeSettings
+from ..erasure.kernel import BLOCK_BYTES
+from ..errors import ConfigError, HoldfastError, SnapshotSkipped, StateUnreachable
+from ..snapshot.arena import Slot
+from ..snapshot.beat import NONE, Agreed
+from ..snapshot.capture import Binding, Capture, Copier, copier_for
+from ..snapshot.codec import encode
+from ..snapshot.record import SnapshotId
+from ..snapshot.recovery import Held
+from ..snapshot.state import TrainingState, to_leaf
+from .binder import Binder
+from .holding import Holding
+from .pulse import Pulse, Standing
+from .ranks import Ranks, join
+from .restore import Restorer, gather_inventories, together
+
+_log = logging.getLogger(__name__)
+_ROOM_BYTES: Final = 256 << 10  # in every image, for values that grow
+_ENTRY_BYTES: Final = 120  # of one slice in a layout text, without its name
+_REPORT_EVERY_S: Final = 0.5
+_VALUES_ROOM: Final = 1.5  # values may grow to so many times their first size before a slot has to grow
+_LOG_AGAIN_S: Final = 30.0  # the same trouble is logged at most so often; all of it is counted
+
+State = Literal["sealed", "protected", "persisted"]
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """How long each kind of wait may take, in seconds.
+
+    Attributes:
+        attach: at construction: starting the agent, reserving and prefaulting memory; all ranks arriving.
+        restore: each stage of a restore, for the slowest rank.
+        beat: at the end of a step, for the other ranks' beat; after that the snapshot is skipped.
+        fence: before an optimizer step, for the copies; after that the snapshot is discarded.
+        close: at the end, for the last snapshot to be sealed.
+    """
+
+    attach: float = 120.0
+    restore: float = 600.0
+    beat: float = 1.0
+    fence: float = 60.0
+    close: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """One asked-for snapshot. ``skipped`` is the reason if it was not taken, else None."""
+
+    step: int
+    skipped: str | None = None
+    id: SnapshotId | None = None
+
+
+@dataclass(slots=True)
+class Stats:
+    """What happened so far. Times in seconds.
+
+    Attributes:
+        taken: snapshots begun.
+        skipped: how often no snapshot was taken or kept, by reason.
+        stall_s: training-thread time in our calls, per step; the newest 10,000.
+        copy_s: duration of the last lazy copy.
+        restore_s: duration of the last restore, None if there was none.
+    """
+
+    taken: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    stall_s: deque[float] = field(default_factory=lambda: deque(maxlen=10_000))
+    copy_s: float = 0.0
+    restore_s: float | None = None
+
+
+@dataclass(slots=True)
+class _Flight:
+    """The snapshot whose window is open: begun, and not yet fenced."""
+
+    id: SnapshotId
+    capture: Capture
+
+
+class Checkpointer:
+    """Takes snapshots of a training job's state, and gives it back.
+
+    With ``torch.distributed`` initialised, the constructor, ``restore``, ``step`` and ``snapshot`` are collective: every
+    rank calls them in the same order. All methods belong to the training thread.
+
+    After construction, trouble in taking snapshots never raises (unless *strict*): it is logged, counted in ``stats``,
+    and the snapshot is skipped.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Mapping[str, nn.Module],
+        optimizer: Any | Mapping[str, Any] | None = None,
+        extras: Mapping[str, Any] | None = None,
+        *,
+        every: int = 1,
+        slots: int = 2,
+        job: str | None = None,
+        shm: str | None = None,
+        agent: str | None = None,
+        strict: bool = False,
+        deadlines: Deadlines | None = None,
+    ) -> None:
+        """Attach this rank to its node's agent, and reserve memory for its snapshots.
+
+        Args:
+            model: the model, or several by name.
+            optimizer: the optimizer, or several by name. torch optimizers are fenced by a hook; for any other kind call
+                ``fence`` before each of its steps.
+            extras: whatever else makes up the state, by name: objects with ``state_dict`` and ``load_state_dict``,
+                dicts and lists (restored in place), random generators.
+            every: take a snapshot at each step that this divides.
+            slots: images held per rank; 2 suffice.
+            job: name of the job, the same over all restarts (``HOLDFAST_JOB``).
+            shm: folder of shared memory (``HOLDFAST_SHM``).
+            agent: socket of an agent that runs already (``HOLDFAST_AGENT``); without it, one is started if needed.
+            strict: raise on trouble instead of skipping the snapshot.
+            deadlines: how long waits may take.
+
+        Raises:
+            StateRefused: something in the state cannot be captured; says what, by its path.
+            BudgetExceeded: memory does not suffice; says how much is needed and available.
+            AgentError: the agent cannot be reached, trusted, or is of another version or job.
+            ConfigError, PeerFailed: a bad argument; another rank's failure.
+        """
+        if every < 1 or slots < 2:
+            raise ConfigError(f"every={every}, slots={slots}: at least 1 and 2 are needed")
+        self._every = every
+        self._strict = strict
+        self._deadlines = deadlines or Deadlines()
+        self._settings = NodeSettings.read(os.environ, job=job, shm=shm, socket=agent)
+        self._ranks: Ranks = join()
+        self._stats = Stats()
+        self._flight: _Flight | None = None
+        self._torch_hooks: list[RemovableHandle] = []
+        self._logged_s: dict[str, float] = {}
+        self._closed = False
+        self._step_began_s = time.monotonic()
+        self._reported_s = -_REPORT_EVERY_S
+        self._stall_s = 0.0
+        self._objection = ""
+        self._set_up(_by_name(model), _by_name(optimizer), extras or {}, slots)
+
+    def _set_up(
+        self, models: Mapping[str, nn.Module], optimizers: Mapping[str, Any], extras: Mapping[str, Any], slots: int
+    ) -> None:
+        """All that can fail, in two stages that every rank goes through together."""
+        wait_s = self._deadlines.attach
+        self._state, image_bytes, table_bytes = together(
+            self._ranks, "looking through the state", wait_s, lambda: _look_through(models, optimizers, extras)
+        )
+        self._copier: Copier = copier_for(self._state.survey())
+        self._binder = Binder(self._state, self._ranks)
+        self._holding = together(
+            self._ranks,
+            "attaching to the agents",
+            wait_s,
+            lambda: Holding(
+                self._settings,
+                __version__,
+                rank=self._ranks.rank,
+                world=self._ranks.world,
+                slots=slots,
+                image_bytes=image_bytes,
+                table_bytes=table_bytes,
+                timeout_s=wait_s,
+                unmapping=self._unmapping,
+            ),
+        )
+        self._slot_count = slots
+        self._found: list[Held] | None = self._begin_run()
+        for optimizer in self._state.optimizers.values():
+            self._torch_hooks.append(optimizer.register_step_pre_hook(lambda *_: self.fence()))
+
+    # -- the training loop -------------------------------------------------------------------------------------------
+
+    def step(self, step: int) -> Ticket | None:
+        """End training step *step*: take a snapshot of the state now, if one is due. Returns at once.
+
+        Args:
+            step: number of the step that just ended; the same on every rank, growing within a run.
+
+        Returns:
+            The ticket of the snapshot, or None if none was due.
+        """
+        if step % self._every == 0:
+            return self.snapshot(step)
+        self._end_step(step, wanted=False)
+        return None
+
+    def snapshot(self, step: int) -> Ticket:
+        """Take a snapshot of the state after *step* now, whether due or not. Returns at once; see ``wait``."""
+        return self._end_step(step, wanted=True)
+
+    def fence(self) -> None:
+        """Call before anything changes parameters or optimizer state; done by a hook for torch's optimizers.
+
+        Waits for the copy under way, which in most steps has long ended. Calling it more often than needed does no harm.
+        """
+        with self._guard("fence"):
+            self._close_window()
+        with self._guard("beat"):
+            if self._binder.started:
+                self._pulse.start(self._standing)
+
+    def wait(self, ticket: Ticket, state: State = "sealed", timeout_s: float = 60.0) -> None:
+        """Return once this rank's part of the snapshot is in *state*.
+
+        A snapshot is sealed only after the next fence, which this therefore implies.
+
+        Raises:
+            SnapshotSkipped: it was not taken or not kept; says why.
+            StateUnreachable: *state* cannot be reached in this set-up.
+            DeadlinePassed: it was not reached in time.
+        """
+        if state != "sealed":
+            what = "no peers to protect with" if state == "protected" else "no tier to persist in"
+            raise StateUnreachable(f"step {ticket.step} cannot become {state}: this node has {what}")
+        if ticket.id is None:
+            raise SnapshotSkipped(f"step {ticket.step} was not taken: {ticket.skipped}")
+        if self._flight is not None and self._flight.id == ticket.id:
+            self.fence()
+        self._holding.wait_sealed(ticket.id, timeout_s)
+
+    def restore(self) -> int | None:
+        """Bring the newest snapshot of this job back into the live objects. Collective.
+
+        Model, optimizer, extras and random generators continue exactly where that step ended; on every rank the same
+        step of the same run. Called in the middle of a run, this goes back to its newest complete snapshot.
+
+        Returns:
+            The restored step, or None if this job has no snapshot that was ever complete.
+
+        Raises:
+            SnapshotLost: there was one, and it cannot be had any more; says what is missing.
+            LayoutMismatch: the snapshot is of another model, optimizer or number of ranks; nothing is changed.
+            Corrupt, PeerFailed, DeadlinePassed, RestoreDiverged: the state is partly overwritten; do not train on it.
+        """
+        began_s = time.perf_counter()
+        if self._found is None:  # in the middle of a run: what is held has changed since it began
+            self._settle_flight()
+            self._found = self._begin_run()
+        chosen = Restorer(self._state, self._ranks, self._deadlines.restore).newest(self._found)
+        self._found = None
+        self._binder.forget()
+        if chosen is not None:
+            for id in self._holding.discard_newer(chosen):
+                _log.info("discarded %s: the job went back to %s", id, chosen)
+            self._begin_run(chosen)
+        self._stats.restore_s = time.perf_counter() - began_s
+        return chosen.step if chosen else None
+
+    def stats(self) -> Stats:
+        """What happened so far; the live object, not a copy."""
+        return self._stats
+
+    def close(self, *, ended: bool = True) -> None:
+        """Let the last snapshot be sealed, and detach. Further calls do nothing.
+
+        Args:
+            ended: the job is done, so the agent may give the memory back after its idle time. Otherwise it keeps the
+                snapshots for the job's next life.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        with self._guard("close"):
+            self._settle_flight()
+        for handle in self._torch_hooks:
+            handle.remove()
+        self._copier.close()
+        self._holding.close(ended=ended)
+        self._ranks.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(ended=kind is None)
+
+    # -- one step ----------------------------------------------------------------------------------------------------
+
+    def _end_step(self, step: int, *, wanted: bool) -> Ticket:
+        ticket = Ticket(step, "trouble")
+        with self._guard("fence"):
+            self._close_window()
+        with self._guard("step"):
+            if not self._binder.started:
+                self._start_fresh_or_not(step)
+                self._binder.first(self._deadlines.attach)
+            verdict = self._pulse.harvest(step, wanted, self._standing, self._deadlines.beat)
+            if verdict.take:
+                ticket = self._take(step)
+            elif wanted:
+                reason = (self._objection or "another-rank") if verdict.reason == "not-able" else verdict.reason
+                self._skip(reason)
+                ticket = Ticket(step, reason)
+        self._account(step)
+        return ticket
+
+    def _start_fresh_or_not(self, step: int) -> None:
+        """The first step of a run: from here on, what was held before may be overwritten."""
+        if self._found and self._restored is None:
+            newest = max(held.id for held in self._found)
+            _log.warning("step %d begins without restore(), although %s is held; it will be overwritten", step, newest)
+        self._found = None
+
+    def _take(self, step: int) -> Ticket:
+        """Begin the snapshot that all ranks agreed on. If this rank cannot, it gives it up for all."""
+        id = self._id(step)
+        try:
+            reason = self._begin(id)
+        except Exception as error:
+            self._give_up(id, str(error))
+            raise
+        if reason is not None:
+            self._skip(reason)
+            self._give_up(id, reason)
+            return Ticket(step, reason)
+        self._stats.taken += 1
+        return Ticket(step, None, id)
+
+    def _begin(self, id: SnapshotId) -> str | None:
+        """Open a slot and start the copy; returns why not, or None."""
+        binding = self._binder.current()
+        if binding is None:
+            return "new-layout"
+        encoded = encode(self._state.values(), "state", to_leaf)
+        offset = binding.layout.values_offset
+        image_bytes, text = offset + encoded.nbytes, binding.layout.to_text()
+        slot = self._holding.open(
+            id, keep=self._keep(), image_bytes=image_bytes, table_bytes=_table_bytes(image_bytes, len(text))
+        )
+        if slot is None:
+            return self._holding.objection() or "slots-busy"
+        self._holding.describe(binding.layout.number, text)
+        encoded.write_into(slot.image[offset:])
+        capture = Capture(binding, self._copier)
+        capture.start(slot, lambda seconds: self._copied(id, binding, image_bytes, seconds))
+        self._flight = _Flight(id, capture)
+        return None
+
+    def _copied(self, id: SnapshotId, binding: Binding, image_bytes: int, seconds: float) -> None:
+        """On the copying thread: every byte has landed."""
+        self._stats.copy_s = seconds
+        self._holding.copied(id, binding.layout.number, image_bytes)
+
+    def _close_window(self) -> None:
+        """End the open window: wait for the copy, and keep it only if nothing was touched meanwhile."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return
+        try:
+            flight.capture.fence(self._deadlines.fence)
+        except Exception as error:
+            self._give_up(flight.id, str(error))
+            raise
+        torn = flight.capture.torn()
+        if torn:
+            self._skip("torn")
+            self._give_up(flight.id, "torn")
+            self._binder.note_torn(torn)
+            raise SnapshotSkipped(
+                f"{flight.id} was discarded: {', '.join(torn[:5])} changed between step() and the optimizer's step; "
+                f"state that changes there belongs into extras"
+            )
+        self._holding.fenced(flight.id)
+
+    def _settle_flight(self) -> None:
+        """Fence what is open and wait for it to be sealed, within the deadline of ``close``."""
+        flight = self._flight
+        self._close_window()
+        if flight is not None:
+            self._holding.wait_sealed(flight.id, self._deadlines.close)
+
+    # -- what this rank knows ----------------------------------------------------------------------------------------
+
+    def _standing(self) -> Standing:
+        """The facts that this rank contributes to the next beat."""
+        self._objection = self._object()
+        return Standing(
+            sealed=frozenset(id.step for id in self._holding.sealed() if id.run == self._run),
+            able=not self._objection,
+            relayout=not self._binder.pending and self._binder.current() is None,
+            busy_us=int((time.monotonic() - self._step_began_s) * 1e6),
+        )
+
+    def _object(self) -> str:
+        """Why this rank could take no snapshot at the end of the running step, or nothing."""
+        if self._copier.busy:
+            return "copy-under-way"
+        if not self._binder.finish(0.0):
+            return "layout-pending"
+        return self._holding.objection() or ""
+
+    def _id(self, step: int) -> SnapshotId:
+        return SnapshotId(self._generation, step, self._run)
+
+    def _keep(self) -> SnapshotId | None:
+        """The snapshot that must not be overwritten: the watermark, or what the job started from."""
+        watermark = self._pulse.agreed.watermark
+        started_from = self._restored.step if self._restored else NONE
+        return self._floor if watermark == started_from else self._id(watermark)
+
+    def _give_up(self, id: SnapshotId, reason: str) -> None:
+        """Have nothing to show for *id*; the other ranks hear of it with the next beat."""
+        self._holding.discard(id, reason)
+        self._pulse.give_up(id.step)
+
+    def _dropped(self, step: int) -> None:
+        """All ranks gave *step* up because one of them had to."""
+        if self._flight is not None and self._flight.id.step == step:
+            self._flight = None
+        if any(id == self._id(step) for id in self._holding.sealed()):
+            self._skip("discarded-elsewhere")
+        self._holding.discard(self._id(step), "another rank gave it up")
+
+    # -- runs --------------------------------------------------------------------------------------------------------
+
+    def _begin_run(self, restored: SnapshotId | None = None) -> list[Held]:
+        """Agree on a new run, younger than anything held anywhere; returns what is held. Collective."""
+        wait_s = self._deadlines.restore
+        reply = together(self._ranks, "asking the agents", wait_s, lambda: self._holding.inventory(wait_s))
+        found = gather_inventories(self._ranks, reply, wait_s)
+        names = self._ranks.gather(uuid.uuid4().hex.encode(), "agreeing on a run", wait_s)
+        self._run = names[0].decode()
+        self._generation = 1 + max((held.id.generation for held in found), default=0)
+        # What the job would go back to until this run has a complete snapshot of its own; never overwritten before.
+        self._floor = restored or max(self._holding.sealed(), default=None)
+        self._restored = restored
+        self._pulse = Pulse(
+            self._ranks,
+            self._slot_count,
+            Agreed(watermark=restored.step if restored else NONE),
+            dropped=self._dropped,
+            relayout=self._binder.begin,
+        )
+        return found
+
+    def _unmapping(self, slot: Slot) -> None:
+        """The slot's memory goes away: let go of every view into it."""
+        self._copier.forget(slot)
+        self._binder.forget_slot(slot)
+
+    # -- trouble, figures --------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _guard(self, what: str) -> Iterator[None]:
+        """Time spent in our calls is accounted; trouble in them never reaches the training loop, unless *strict*."""
+        began_s = time.perf_counter()
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, SnapshotSkipped):  # that one was counted where it was noticed
+                self._skip(f"error: {type(error).__name__}")
+            if self._strict:
+                raise
+            self._log_trouble(what, error)
+        finally:
+            self._stall_s += time.perf_counter() - began_s
+
+    def _skip(self, reason: str | None) -> None:
+        if reason is not None:
+            self._stats.skipped[reason] += 1
+
+    def _log_trouble(self, what: str, error: Exception) -> None:
+        kind, now_s = f"{what}: {type(error).__name__}", time.monotonic()
+        if now_s - self._logged_s.get(kind, -_LOG_AGAIN_S) < _LOG_AGAIN_S:
+            return
+        self._logged_s[kind] = now_s
+        unexpected = not isinstance(error, HoldfastError)
+        _log.warning("training goes on without this snapshot (%s): %s", what, error, exc_info=unexpected)
+
+    def _account(self, step: int) -> None:
+        """Close the books of one step."""
+        self._stats.stall_s.append(self._stall_s)
+        stall_s, self._stall_s = self._stall_s, 0.0
+        self._step_began_s = time.monotonic()
+        if self._step_began_s - self._reported_s < _REPORT_EVERY_S:
+            return
+        self._reported_s = self._step_began_s
+        own = self._pulse.agreed.watermark
+        self._holding.report(
+            wire.Report(
+                step=step,
+                watermark=own,
+                taken=self._stats.taken,
+                skipped=self._stats.skipped,
+                last_stall_s=stall_s,
+                last_copy_s=self._stats.copy_s,
+            )
+        )
+
+
+def _by_name(given: Any) -> dict[str, Any]:
+    """One object under the name "", several under their own."""
+    if given is None:
+        return {}
+    return dict(given) if isinstance(given, Mapping) and not isinstance(given, nn.Module) else {"": given}
+
+
+def _look_through(
+    models: Mapping[str, nn.Module], optimizers: Mapping[str, Any], extras: Mapping[str, Any]
+) -> tuple[TrainingState, int, int]:
+    """The state, and how large its slots' image and tables should be. Raises ``StateRefused``."""
+    state = TrainingState(models, optimizers, extras)
+    values = encode(state.values(), "state", to_leaf)
+    image_bytes = state.predicted_bytes() + int(values.nbytes * _VALUES_ROOM) + _ROOM_BYTES
+    names = sum(len(item.slice.name) + _ENTRY_BYTES for item in state.survey().items)
+    # Optimizer state adds a few tensors per parameter, under longer names.
+    return state, image_bytes, _table_bytes(image_bytes, 6 * names)
+
+
+def _table_bytes(image_bytes: int, text_bytes: int) -> int:
+    """What a slot needs for block checksums and a layout text of that size."""
+    return 4 * -(-image_bytes // BLOCK_BYTES) + text_bytes

@@ -1,0 +1,349 @@
+"""This rank's slots, and the connection to the agent that keeps them: re-made in the background whenever it breaks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+from ..agent import wire_pb2 as wire
+from ..agent.client import AgentClient, Attachment, hello, place_of
+from ..agent.launch import ensure_agent
+from ..agent.settings import NodeSettings
+from ..crashpoints import reach
+from ..errors import DeadlinePassed, HoldfastError, SnapshotSkipped
+from ..snapshot.arena import Place, Slot
+from ..snapshot.beat import NONE
+from ..snapshot.record import SnapshotId
+from ..snapshot.slots import Event, SlotState, Stage, find, overwritable
+
+_log = logging.getLogger(__name__)
+_RETRY_FROM_S: Final = 0.05
+_RETRY_UP_TO_S: Final = 2.0
+
+
+class Holding:
+    """What is held for this rank. Thread safe; only ``wait_sealed`` and the constructor block.
+
+    Attributes:
+        alone: the agent has no peers, so nothing can be protected against the loss of this node.
+    """
+
+    def __init__(
+        self,
+        settings: NodeSettings,
+        version: str,
+        *,
+        rank: int,
+        world: int,
+        slots: int,
+        image_bytes: int,
+        table_bytes: int,
+        timeout_s: float,
+        unmapping: Callable[[Slot], None] = lambda slot: None,
+    ) -> None:
+        """Attach to the agent, which is started if there is none.
+
+        Args:
+            image_bytes, table_bytes: size of each slot; sealed slots keep the size they have.
+            timeout_s: how long starting, attaching and prefaulting may take together.
+            unmapping: called before a slot's memory goes away.
+
+        Raises:
+            HoldfastError: no agent, another's agent, another version, or not enough memory.
+        """
+        self._settings = settings
+        self._rank = rank
+        self._unmapping = unmapping
+        self._changed = threading.Condition(threading.RLock())
+        self._states: list[SlotState] = []
+        self._slots: list[Slot] = []
+        self._nonces: dict[int, int] = {}
+        self._flights: dict[int, list[wire.FromTrainer]] = {}
+        self._layout: wire.FromTrainer | None = None
+        self._attachment: Attachment | None = None
+        self._closed = False
+        self._hello = hello(
+            settings, version, rank=rank, world=world, slots=slots, image_bytes=image_bytes, table_bytes=table_bytes
+        )
+        self.alone = True
+        self._attach(timeout_s)
+
+    # -- the life of a snapshot, called from the training and copying threads ----------------------------------------
+
+    def objection(self) -> str | None:
+        """Why no slot could be filled now, or None. Assumes that what is sealed here soon is complete everywhere."""
+        with self._changed:
+            if self._attachment is None:
+                return "agent-away"
+            sealed = [s.id for s in self._states if s.stage is Stage.SEALED and s.id is not None]
+            if overwritable(self._states, max(sealed, default=None)) is not None:
+                return None
+            growing = any(s.stage is Stage.GROWING for s in self._states)
+            return "slot-growing" if growing else "slots-busy"
+
+    def open(self, id: SnapshotId, *, keep: SnapshotId | None, image_bytes: int, table_bytes: int) -> Slot | None:
+        """A slot for snapshot *id*, unsealed and announced; None if there is none, or it must grow first.
+
+        Args:
+            id: what it will hold.
+            keep: the newest snapshot known complete on all ranks. It, and everything newer, is left alone.
+            image_bytes, table_bytes: what must fit.
+        """
+        with self._changed:
+            index = overwritable(self._states, keep)
+            if index is None or self._attachment is None:
+                return None
+            slot = self._slots[index]
+            if not slot.place.holds(table_bytes, image_bytes):
+                self._grow(index, image_bytes, table_bytes)
+                return None
+            reach("capture.before-open")
+            slot.open_for(id.step)
+            reach("capture.opened")
+            self._states[index] = self._states[index].after(Event.OPEN, id)
+            self._nonces.pop(index, None)
+            watermark = keep.step if keep is not None and keep.run == id.run else NONE
+            opened = wire.Opened(slot=index, run=id.run, generation=id.generation, step=id.step, watermark=watermark)
+            self._flights[index] = []
+            self._tell_of_flight(index, wire.FromTrainer(opened=opened))
+            return slot
+
+    def describe(self, number: int, text: bytes) -> None:
+        """Tell the agent of a layout, before the first image that has it."""
+        with self._changed:
+            if self._layout is None or self._layout.layout.number != number:
+                self._layout = wire.FromTrainer(layout=wire.LayoutText(number=number, text=text))
+                self._send(self._layout)
+
+    def copied(self, id: SnapshotId, layout: int, image_bytes: int) -> None:
+        """Every byte of the image is in its slot."""
+        with self._changed:
+            index = find(self._states, id)
+            if index is not None:
+                copied = wire.Copied(slot=index, step=id.step, layout=layout, image_bytes=image_bytes)
+                self._tell_of_flight(index, wire.FromTrainer(copied=copied))
+
+    def fenced(self, id: SnapshotId) -> None:
+        """The copy is exact: seal the snapshot, now or as soon as the agent has written its record."""
+        with self._changed:
+            index = find(self._states, id)
+            if index is None:
+                return
+            reach("fence.before-commit")
+            self._states[index] = self._states[index].after(Event.FENCED)
+            self._commit_if_due(index)
+            reach("fence.committed")
+            self._tell_of_flight(index, wire.FromTrainer(fenced=wire.Fenced(slot=index, step=id.step)))
+
+    def discard(self, id: SnapshotId, reason: str) -> None:
+        """Give a snapshot up; its slot is free."""
+        with self._changed:
+            index = find(self._states, id)
+            if index is None:
+                return
+            self._slots[index].unseal()
+            self._states[index] = self._states[index].after(Event.DISCARDED)
+            self._flights.pop(index, None)
+            self._send(wire.FromTrainer(discarded=wire.Discarded(slot=index, step=id.step, reason=reason)))
+            self._changed.notify_all()
+
+    def discard_newer(self, than: SnapshotId) -> list[SnapshotId]:
+        """Give up everything newer than *than*; returns what that was."""
+        with self._changed:
+            newer = [s.id for s in self._states if s.id is not None and s.id > than]
+            for id in newer:
+                self.discard(id, f"the job went back to {than}")
+            return newer
+
+    def report(self, report: wire.Report) -> None:
+        """Figures for ``holdfast status``."""
+        with self._changed:
+            self._send(wire.FromTrainer(report=report))
+
+    # -- questions ---------------------------------------------------------------------------------------------------
+
+    def sealed(self) -> list[SnapshotId]:
+        """What is sealed in this rank's slots."""
+        with self._changed:
+            return [s.id for s in self._states if s.stage is Stage.SEALED and s.id is not None]
+
+    def wait_sealed(self, id: SnapshotId, timeout_s: float) -> None:
+        """Return once *id* is sealed here.
+
+        Raises:
+            SnapshotSkipped: it was given up, or its slot holds something newer already.
+            DeadlinePassed: neither happened in time.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        with self._changed:
+            while True:
+                index = find(self._states, id)
+                if index is None:
+                    raise SnapshotSkipped(f"{id} is not held: it was given up, or a newer snapshot has taken its slot")
+                if self._states[index].stage is Stage.SEALED:
+                    return
+                if not self._changed.wait(deadline_s - time.monotonic()):
+                    whom = (
+                        "the agent is away" if self._attachment is None else f"stage {self._states[index].stage.name}"
+                    )
+                    raise DeadlinePassed(f"{id} of rank {self._rank} was not sealed within {timeout_s:g} s ({whom})")
+
+    def inventory(self, timeout_s: float) -> wire.ImageList:
+        """Every sealed image that this node's agent holds."""
+        with AgentClient.at(self._settings) as client:
+            return client.inventory(timeout_s)
+
+    def close(self, *, ended: bool) -> None:
+        """Let go. *ended*: the job is done; otherwise the agent keeps the snapshots for whoever comes back."""
+        with self._changed:
+            self._closed = True
+            attachment, self._attachment = self._attachment, None
+        if attachment is not None:
+            attachment.close(goodbye=ended)
+        for slot in self._slots:
+            self._unmapping(slot)
+            slot.close()
+
+    # -- sealing and growing -----------------------------------------------------------------------------------------
+
+    def _commit_if_due(self, index: int) -> None:
+        if self._states[index].stage is Stage.SEALED:
+            self._slots[index].commit(self._nonces.pop(index))
+            self._changed.notify_all()
+
+    def _grow(self, index: int, image_bytes: int, table_bytes: int) -> None:
+        """Have the agent replace the slot. Ours is unmapped first, so that its memory is free for the new one."""
+        slot = self._slots[index]
+        slot.unseal()
+        self._states[index] = self._states[index].after(Event.OUTGROWN)
+        self._unmapping(slot)
+        slot.close()
+        place = slot.place
+        larger = (max(image_bytes, place.image_bytes), max(table_bytes, place.table_bytes))
+        self._hello.image_bytes, self._hello.table_bytes = larger
+        _log.info("slot %d of rank %d grows to %d bytes", index, self._rank, larger[0])
+        self._send(wire.FromTrainer(grow=wire.Grow(slot=index, image_bytes=larger[0], table_bytes=larger[1])))
+
+    def _grown(self, place: Place) -> None:
+        slot = Slot.open(place)
+        slot.prefault()
+        with self._changed:
+            self._slots[place.index] = slot
+            self._states[place.index] = self._states[place.index].after(Event.DISCARDED)
+            self._changed.notify_all()
+
+    # -- the connection ----------------------------------------------------------------------------------------------
+
+    def _send(self, message: wire.FromTrainer) -> None:
+        if self._attachment is not None:
+            self._attachment.send(message)
+
+    def _tell_of_flight(self, index: int, message: wire.FromTrainer) -> None:
+        """Send, and remember: an agent that takes over in mid-flight is told again."""
+        self._flights.setdefault(index, []).append(message)
+        self._send(message)
+
+    def _attach(self, timeout_s: float) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        ensure_agent(self._settings, timeout_s)
+        attachment = Attachment(
+            self._settings,
+            self._hello,
+            hear=self._hear,
+            lost=self._lost,
+            timeout_s=max(deadline_s - time.monotonic(), 1.0),
+        )
+        with self._changed:
+            places = [place_of(slot, self._rank) for slot in attachment.welcome.slots]
+            for place in places:
+                self._adopt(place)
+            self.alone = attachment.welcome.alone
+            self._attachment = attachment
+            self._resume()
+            self._changed.notify_all()
+
+    def _adopt(self, place: Place) -> None:
+        """Map the slot that the agent offers, unless it is the one that is mapped already."""
+        if place.index < len(self._slots):
+            old, state = self._slots[place.index], self._states[place.index]
+            if state.stage is not Stage.GROWING:
+                if os.stat(place.path).st_ino == old.inode and place == old.place:
+                    return
+                self._unmapping(old)
+                old.close()
+        slot = Slot.open(place)
+        slot.prefault()
+        record = slot.sealed_record()
+        state = SlotState(Stage.SEALED, record.id) if record is not None else SlotState()
+        if record is None:
+            slot.unseal()
+        self._slots[place.index : place.index + 1] = [slot]
+        self._states[place.index : place.index + 1] = [state]
+        self._flights.pop(place.index, None)
+
+    def _resume(self) -> None:
+        """Tell a new agent of the snapshots in flight. A recorded one needs nothing more from any agent."""
+        if self._layout is not None:
+            self._send(self._layout)
+        for index, state in enumerate(self._states):
+            if state.stage in (Stage.COPYING, Stage.CLEAN):
+                for message in self._flights.get(index, []):
+                    self._send(message)
+
+    def _hear(self, message: wire.FromAgent) -> None:
+        kind = message.WhichOneof("kind")
+        if kind == "prepared":
+            self._prepared(message.prepared)
+        elif kind == "grown":
+            self._grown(place_of(message.grown.slot, self._rank))
+        elif kind == "failed":
+            self._failed(message.failed)
+
+    def _prepared(self, prepared: wire.Prepared) -> None:
+        with self._changed:
+            state = self._states[prepared.slot]
+            if state.id is None or state.id.step != prepared.step or state.stage not in (Stage.COPYING, Stage.CLEAN):
+                return  # given up meanwhile
+            self._nonces[prepared.slot] = prepared.nonce
+            self._states[prepared.slot] = state.after(Event.PREPARED)
+            self._commit_if_due(prepared.slot)
+
+    def _failed(self, failed: wire.Failed) -> None:
+        _log.warning("the agent could not do its part for slot %d: %s", failed.slot, failed.reason)
+        with self._changed:
+            state = self._states[failed.slot]
+            if state.stage is Stage.GROWING:  # it has no memory now; the agent's next offer brings one
+                return
+            if state.id is not None and state.id.step == failed.step:
+                self.discard(state.id, failed.reason)
+
+    def _lost(self, reason: HoldfastError) -> None:
+        with self._changed:
+            self._attachment = None
+            if self._closed:
+                return
+        _log.warning("%s; snapshots are skipped until it is back", reason)
+        threading.Thread(target=self._reattach, name="holdfast-reattach", daemon=True).start()
+
+    def _reattach(self) -> None:
+        """Try until it works or the job ends. Training goes on meanwhile."""
+        pause_s, last = _RETRY_FROM_S, ""
+        while not self._closed:
+            try:
+                self._attach(timeout_s=30.0)
+            except (HoldfastError, OSError) as error:
+                if str(error) != last:
+                    _log.warning("the agent is still away: %s", error)
+                last = str(error)
+            else:
+                _log.warning("attached to the agent again")
+                return
+            # Jitter: the ranks of a node lose their agent at the same instant.
+            with self._changed:
+                self._changed.wait(pause_s * random.uniform(0.5, 1.5))  # noqa: S311
+            pause_s = min(2 * pause_s, _RETRY_UP_TO_S)

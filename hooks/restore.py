@@ -1,0 +1,195 @@
+"""Bringing a snapshot back into the live state: plan, check, apply, compare; each stage together with all ranks.
+
+Every stage ends with a gathering of outcomes, so no rank goes on alone: if one cannot, all learn why. A source that turns
+out damaged is struck from the plan, and the next best snapshot is tried.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+from ..agent import wire_pb2 as wire
+from ..crashpoints import reach
+from ..errors import Corrupt, LayoutMismatch, PeerFailed, RestoreDiverged, SnapshotLost
+from ..snapshot.assembly import Read, assemble
+from ..snapshot.codec import decode
+from ..snapshot.live import SourceImage, apply
+from ..snapshot.record import SnapshotId
+from ..snapshot.recovery import Held, Plan, plan
+from ..snapshot.replicas import disagreeing, sums
+from ..snapshot.state import Targets, TrainingState, from_leaf
+from .ranks import Ranks
+
+_log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What one rank is about to apply: verified as far as that is possible without reading the tensors' bytes."""
+
+    images: dict[int, SourceImage]
+    targets: Targets
+    reads: list[Read]
+    values: dict[str, Any]
+    shared: frozenset[str]
+
+
+def held_images(reply: wire.ImageList) -> list[Held]:
+    """An agent's answer as the plan wants it."""
+    return [
+        Held(SnapshotId(i.generation, i.step, i.run), i.rank, i.world, i.watermark, reply.agent, i.path, i.image_bytes)
+        for i in reply.images
+    ]
+
+
+def gather_inventories(ranks: Ranks, reply: wire.ImageList, timeout_s: float) -> list[Held]:
+    """Every image that any agent holds; the same list on every rank. Collective.
+
+    Each image is reported by its own rank where that is attached to the agent, so the answer does not grow with the
+    square of the ranks; images of ranks that are elsewhere now are reported by all ranks of the node.
+    """
+    alive = {image.path for image in reply.images if image.trainer_alive and image.rank != ranks.rank}
+    mine = [asdict(held) for held in held_images(reply) if held.path not in alive]
+    gathered = ranks.gather(json.dumps(mine).encode(), "comparing what the agents hold", timeout_s)
+    unique = {Held(**{**entry, "id": SnapshotId(**entry["id"])}) for part in gathered for entry in json.loads(part)}
+    return sorted(unique, key=lambda held: (held.id, held.rank, held.agent, held.path))
+
+
+def together(ranks: Ranks, what: str, timeout_s: float, work: Callable[[], Result]) -> Result:
+    """Do *work* on every rank; return only if all succeeded. Collective.
+
+    Raises:
+        The rank's own error if it failed, after the others know.
+        Corrupt, PeerFailed: another rank's failure, named.
+    """
+    done: list[Result] = []
+    error: Exception | None = None
+    try:
+        done.append(work())
+    except Exception as caught:  # noqa: BLE001 - whatever it is, the others must hear of it before it travels on
+        error = caught
+    said = json.dumps([type(error).__name__, str(error)] if error else None).encode()
+    outcomes = [json.loads(outcome) for outcome in ranks.gather(said, what, timeout_s)]
+    if error is not None:
+        raise error
+    for rank, outcome in enumerate(outcomes):
+        if outcome is not None:
+            kind, message = outcome
+            raise (Corrupt if kind == "Corrupt" else PeerFailed)(f"{what}: rank {rank} failed: {kind}: {message}")
+    return done[0]
+
+
+class Restorer:
+    """One restore of one rank. Collective throughout: every rank calls the same methods in the same order."""
+
+    def __init__(self, state: TrainingState, ranks: Ranks, timeout_s: float) -> None:
+        self._state = state
+        self._ranks = ranks
+        self._timeout_s = timeout_s
+
+    def newest(self, held: Iterable[Held]) -> SnapshotId | None:
+        """Restore the newest snapshot that can be had; None if none was ever complete.
+
+        Raises:
+            SnapshotLost: one was complete, and neither it nor an older one can be had.
+            LayoutMismatch: it does not fit the live state; nothing is changed.
+            RestoreDiverged: ranks that must agree do not.
+        """
+        images, damaged = list(held), set[tuple[SnapshotId, int]]()
+        while True:
+            decision = plan(images, self._ranks.world, damaged)
+            if decision.chosen is None:
+                if decision.loss or damaged:
+                    raise SnapshotLost(decision.explain())
+                _log.info("%s", decision.explain())
+                return None
+            _log.log(logging.WARNING if decision.loss else logging.INFO, "%s", decision.explain())
+            reach("restore.planned")
+            bad = self._attempt(decision)
+            if not bad:
+                return decision.chosen
+            damaged |= {(decision.chosen, rank) for rank in bad}
+
+    def _attempt(self, decision: Plan) -> set[int]:
+        """Restore as planned; returns the ranks whose images proved damaged, empty on success."""
+        with ExitStack() as stack:
+            damage: dict[int, str] = {}
+            prepared = together(
+                self._ranks, "preparing the restore", self._timeout_s, lambda: self._prepare(decision, stack, damage)
+            )
+            if bad := self._all_damage(damage):
+                return bad
+            assert prepared is not None
+            together(self._ranks, "restoring", self._timeout_s, lambda: self._apply(prepared, damage))
+            if bad := self._all_damage(damage):
+                return bad
+            together(self._ranks, "restoring values", self._timeout_s, lambda: self._finish(prepared))
+        self._compare(prepared.shared)
+        reach("restore.applied")
+        return set()
+
+    def _prepare(self, decision: Plan, stack: ExitStack, damage: dict[int, str]) -> _Prepared | None:
+        images: dict[int, SourceImage] = {}
+        for source in decision.sources:
+            try:
+                image = SourceImage(source.path, source.rank, source.id)
+            except (Corrupt, OSError) as error:
+                damage[source.rank] = str(error)
+                continue
+            stack.callback(image.close)
+            images[source.rank] = image
+        if damage:
+            return None
+        rank = self._ranks.rank
+        held = [
+            placed.slice
+            for owner, image in images.items()
+            for placed in image.layout.placed
+            if owner == rank or rank in placed.slice.members
+        ]
+        targets = self._state.targets(held)
+        layouts = {r: i.layout for r, i in images.items()}
+        reads = assemble([item.slice for item in targets.items], layouts, rank)
+        try:
+            values = decode(images[rank].values(), from_leaf)
+        except Corrupt as error:
+            damage[rank] = str(error)
+            return None
+        if not isinstance(values, dict):
+            raise LayoutMismatch(f"the values of {decision.chosen} are a {type(values).__name__}, not a state")
+        self._state.check_values(values)
+        shared = frozenset(piece.name for piece in held if piece.members)
+        return _Prepared(images, targets, reads, values, shared)
+
+    def _apply(self, prepared: _Prepared, damage: dict[int, str]) -> None:
+        for rank, image in prepared.images.items():
+            try:
+                apply(prepared.targets.items, [r for r in prepared.reads if r.rank == rank], {rank: image})
+            except Corrupt as error:
+                damage[rank] = str(error)
+                return
+
+    def _finish(self, prepared: _Prepared) -> None:
+        self._state.install(prepared.targets)
+        self._state.apply_values(prepared.values)
+
+    def _all_damage(self, mine: dict[int, str]) -> set[int]:
+        """The ranks whose images any rank found damaged. Collective."""
+        for rank, reason in mine.items():
+            _log.error("the image of rank %d cannot be used: %s", rank, reason)
+        said = json.dumps(sorted(mine)).encode()
+        return {r for part in self._ranks.gather(said, "comparing damage", self._timeout_s) for r in json.loads(part)}
+
+    def _compare(self, shared: frozenset[str]) -> None:
+        """Replicas must hold the same bytes now. Raises ``RestoreDiverged`` otherwise. Collective."""
+        items = [item for item in self._state.survey().items if item.slice.members and item.slice.name in shared]
+        said = json.dumps(sums(items)).encode()
+        gathered = [json.loads(part) for part in self._ranks.gather(said, "comparing restored state", self._timeout_s)]
+        if split := disagreeing(gathered, {item.slice.members for item in items}):
+            raise RestoreDiverged(f"after the restore, ranks {list(split[0])} hold different bytes of what they share")

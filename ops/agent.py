@@ -1,0 +1,62 @@
+"""``holdfast agent``: the daemon of one job on one node."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+
+import click
+
+from .._version import __version__
+from ..agent.daemon import DaemonOptions, configure_logging, run
+from ..agent.launch import detach
+from ..agent.settings import NodeSettings, prepare_folder
+from .quantity import BYTES, SECONDS
+
+
+@click.command
+@click.option("--job", envvar="HOLDFAST_JOB", help="Name of the job, the same over all its restarts.")
+@click.option("--shm", envvar="HOLDFAST_SHM", help="Folder of shared memory. Default: /dev/shm/holdfast-<uid>/<job>")
+@click.option("--socket", help="Unix socket for trainers. Default: agent.sock in the shared-memory folder")
+@click.option("--listen", default="127.0.0.1:0", show_default=True, help="Address for questions; port 0 picks one.")
+@click.option("--name", default=platform.node, show_default="host name", help="What this agent calls itself.")
+@click.option(
+    "--memory-limit", type=BYTES, envvar="HOLDFAST_MEMORY_LIMIT", help="Most shared memory for snapshots, like 64GiB."
+)
+@click.option(
+    "--idle-exit", type=SECONDS, default="5m", show_default=True, envvar="HOLDFAST_IDLE_EXIT",
+    help="End after this time with no trainer and no snapshot that matters; 'never' to stay.",
+)  # fmt: skip
+@click.option(
+    "--keep", type=SECONDS, default="24h", show_default=True, envvar="HOLDFAST_KEEP",
+    help="How long snapshots matter whose trainers died and did not come back; 'never' to drop no snapshot.",
+)  # fmt: skip
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option("--detach", "detached", is_flag=True, help="Go on in the background once ready; log to agent.log.")
+def agent(
+    job: str | None,
+    shm: str | None,
+    socket: str | None,
+    listen: str,
+    name: str,
+    memory_limit: int | None,
+    idle_exit: float | None,
+    keep: float | None,
+    log_format: str,
+    detached: bool,
+) -> None:
+    """Run this node's agent in the foreground.
+
+    It prints one ready line to standard output, logs to standard error, and ends on SIGTERM; snapshots stay in shared
+    memory for the next agent.
+    """
+    settings = NodeSettings.read(os.environ, job=job, shm=shm, socket=socket)
+    if detached:
+        prepare_folder(settings.shm)
+        code = detach(str(settings.shm / "agent.log"))
+        if code is not None:
+            sys.exit(code)
+    configure_logging(log_format)
+    options = DaemonOptions(name, listen, memory_limit, idle_exit, keep)
+    run(settings, options, __version__, detached=detached)

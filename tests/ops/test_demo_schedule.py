@@ -1,0 +1,95 @@
+"""Kills are planned from a seed alone, fit into the run, and never land twice without progress in between."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from holdfast.errors import ConfigError
+from holdfast.ops.demo.schedule import STEPS_PER_KILL, Landed, Planned, Progress, Target, advanced, due, plan_kills
+from hypothesis import given
+from hypothesis import strategies as st
+
+targets_strategy = st.lists(st.sampled_from(Target), min_size=1, max_size=4, unique=True)
+
+
+@given(
+    seed=st.integers(0, 2**31 - 1),
+    kills=st.integers(0, 10),
+    targets=targets_strategy,
+    spare=st.integers(0, 300),
+    ranks=st.integers(1, 8),
+)
+def test_a_plan_fits_into_the_run_and_repeats(
+    seed: int, kills: int, targets: list[Target], spare: int, ranks: int
+) -> None:
+    steps = STEPS_PER_KILL * (kills + 1) + spare
+    plan = plan_kills(seed, kills=kills, targets=targets, steps=steps, ranks=ranks)
+    assert plan == plan_kills(seed, kills=kills, targets=targets, steps=steps, ranks=ranks)
+    assert len(plan) == kills
+    assert all(1 <= planned.step <= steps - STEPS_PER_KILL for planned in plan)
+    assert all(before.step < after.step for before, after in pairwise(plan))
+    assert all(0 <= planned.fraction < 1 and 0 <= planned.rank < ranks for planned in plan)
+    assert {planned.target for planned in plan} == set(targets[:kills])
+
+
+def test_another_seed_plans_otherwise() -> None:
+    plans = [plan_kills(seed, kills=5, targets=list(Target), steps=200, ranks=2) for seed in range(2)]
+    assert plans[0] != plans[1]
+
+
+def test_a_plan_that_cannot_be_carried_out_is_refused() -> None:
+    with pytest.raises(ConfigError, match="3 kills need at least 16 steps, 15 were asked for"):
+        plan_kills(0, kills=3, targets=[Target.RANK], steps=15, ranks=2)
+    with pytest.raises(ConfigError, match="nothing to kill"):
+        plan_kills(0, kills=1, targets=[], steps=100, ranks=2)
+
+
+PLANNED = Planned(Target.TRAINER, step=10, fraction=0.5, rank=0)
+
+
+def landed(target: Target, *, life: int, step: int) -> Landed:
+    return Landed(target, life, step, wall_s=0.0, victims=[])
+
+
+def test_a_kill_is_due_once_its_step_is_reached() -> None:
+    assert not due(PLANNED, Progress(), None)
+    assert not due(PLANNED, Progress(life=0, step=9), None)
+    assert due(PLANNED, Progress(life=0, step=10), None)
+
+
+def test_after_a_kill_of_ranks_a_new_life_has_to_pass_what_any_old_one_reached() -> None:
+    last = landed(Target.RANK, life=0, step=10)
+    progress = Progress(life=0, step=10)
+    progress = advanced(progress, 0, 11)
+    assert not due(PLANNED, progress, last), "a line read late is no progress"
+    progress = advanced(progress, 1, 10)
+    assert not due(PLANNED, progress, last), "the life has started, no more"
+    progress = advanced(progress, 1, 11)
+    assert not due(PLANNED, progress, last), "a step that had been trained before"
+    assert due(PLANNED, advanced(progress, 1, 12), last)
+
+
+def test_after_a_kill_of_the_agent_the_same_life_has_to_go_on() -> None:
+    last = landed(Target.AGENT, life=0, step=10)
+    assert not due(PLANNED, Progress(life=0, step=10), last)
+    assert due(PLANNED, Progress(life=0, step=11), last)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), max_size=20))
+def test_progress_is_the_newest_step_of_the_newest_life(sightings: list[tuple[int, int]]) -> None:
+    progress = Progress()
+    for life, step in sightings:
+        progress = advanced(progress, life, step)
+    newest = max((life for life, _ in sightings), default=-1)
+    assert progress.life == newest
+    assert progress.step == max((step for life, step in sightings if life == newest), default=0)
+    assert progress.step_before == max((step for life, step in sightings if life < newest), default=0)
+    assert progress.newest_step == max((step for _, step in sightings), default=0)
+
+
+def test_the_loss_shown_is_the_last_one_known() -> None:
+    progress = advanced(Progress(), 0, 1, loss=2.5)
+    assert advanced(progress, 0, 2).loss == 2.5
+    assert advanced(progress, 1, 1).loss == 2.5
+    assert advanced(progress, 0, 2, loss=2.25).loss == 2.25
