@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-STEPS, CONTEXT, BATCH, WIDTH = 300, 32, 32, 128
+STEPS, CONTEXT, BATCH, WIDTH = 2000, 32, 32, 128
 
 
 class Loader:
@@ -79,7 +79,7 @@ def main() -> None:
             optimizer.step()
             scheduler.step()
             ckpt.step(step + 1)  # <- returns at once
-            if rank == 0 and step % 25 == 24:
+            if rank == 0 and step % 100 == 99:
                 print(f"step {step + 1}: loss {loss.item():.6f}", flush=True)
 
     if distributed:

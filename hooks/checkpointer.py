@@ -281,6 +281,12 @@ class Checkpointer:
         self._stats.restore_s = time.perf_counter() - began_s
         return chosen.step if chosen else None
 
+    @property
+    def watermark(self) -> int | None:
+        """The newest step known complete on every rank (or restored from), None before the first."""
+        watermark = self._pulse.agreed.watermark
+        return None if watermark == NONE else watermark
+
     def stats(self) -> Stats:
         """What happened so far; the live object, not a copy."""
         return self._stats

@@ -106,7 +106,7 @@ def _report(plan: Plan, outcome: Outcome, wall_s: float) -> dict[str, Any]:
         "ranks": plan.ranks,
         "strategy": plan.strategy,
         "relaunches": outcome.relaunches,
-        "skipped": finals[0].get("skipped", {}),
+        "skipped_in_last_life": finals[0].get("skipped", {}),
         "wall_s": round(wall_s, 1),
     }
 

@@ -1,0 +1,242 @@
+"""``holdfast inspect``: the tensors of one snapshot, where they lie, and whether their bytes are sound."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from ..agent import wire_pb2 as wire
+from ..erasure.kernel import BLOCK_BYTES
+from ..errors import ConfigError, Corrupt, SnapshotUnknown
+from ..snapshot.layout import Layout
+from .answers import Snapshot, ask, asking, connect, console, holdings, print_json, printable, snapshots, tell_silent
+from .answers import whom
+from .quantity import show_bytes
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LATEST: Final = "latest"
+_NAME: Final = re.compile(r"(?:([0-9a-fA-F-]*)/)?(\d+|latest)")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One rank's slice of a tensor, or its values (then *start* and *extent* are empty), with what its bytes add up to.
+
+    ``damaged``: some block that these bytes touch does not match the checksum it was sealed with.
+    """
+
+    rank: int
+    start: tuple[int, ...]
+    extent: tuple[int, ...]
+    nbytes: int
+    crc: int
+    damaged: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One global tensor and the slices of it that are held, in rank order."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """Everything in the images of one snapshot."""
+
+    snapshot: Snapshot
+    images: tuple[wire.ImageDetail, ...]
+    tensors: tuple[Tensor, ...]
+    values: tuple[Part, ...]
+
+    @property
+    def damaged(self) -> list[wire.ImageDetail]:
+        """The images that have damaged blocks."""
+        return [image for image in self.images if image.bad_blocks]
+
+
+@click.command
+@asking
+@click.argument("snapshot", metavar="RUN/STEP")
+def inspect(snapshot: str, agents: tuple[str, ...], job: str | None, as_json: bool) -> None:
+    """Show the tensors of one snapshot, and check every byte of it.
+
+    RUN may be cut short as far as it stays unambiguous, and left out where only one run holds that step. 'latest' is the
+    newest complete snapshot, RUN/latest that of one run.
+    """
+    answers = ask(whom(agents, job, os.environ), holdings)
+    chosen = choose(snapshot, snapshots(answers.given))
+    contents = _read(chosen)
+    if as_json:
+        print_json(_json(contents))
+    else:
+        _show(console(), contents)
+        tell_silent(answers.silent)
+    if contents.damaged:
+        images = "; ".join(
+            f"{d.image.path} (rank {d.image.rank}): {len(d.bad_blocks)} of {_block_count(d.image)} blocks"
+            for d in contents.damaged
+        )
+        raise Corrupt(f"{chosen.id} has blocks that do not match their checksum: {images}")
+
+
+def choose(name: str, held: Sequence[Snapshot]) -> Snapshot:
+    """The one snapshot that *name* means.
+
+    Raises:
+        ConfigError: *name* is none, or means several.
+        SnapshotUnknown: nothing that is held goes by that name.
+    """
+    match = _NAME.fullmatch(name)
+    if match is None or (match[1] is None and match[2] != LATEST):
+        raise ConfigError(f"{name!r} names no snapshot: RUN/STEP, /STEP, RUN/latest or latest does")
+    run = (match[1] or "").replace("-", "").lower()
+    found = [s for s in held if s.id.run.startswith(run)]
+    if match[2] == LATEST:
+        found = _newest(found)
+    else:
+        found = [s for s in found if s.id.step == int(match[2])]
+    if not found:
+        raise SnapshotUnknown(f"no snapshot {name} is held; held are: {_listed(held) or 'none'}")
+    if len(found) > 1:
+        raise ConfigError(f"{name} may be any of {_listed(found)}; say more of the run, or which --job")
+    return found[0]
+
+
+def _newest(held: Iterable[Snapshot]) -> list[Snapshot]:
+    """The newest complete snapshot of each job; *held* has the newer ones of a job first."""
+    newest: dict[str, Snapshot] = {}
+    for s in held:
+        if s.complete:
+            newest.setdefault(s.job, s)
+    return list(newest.values())
+
+
+def _listed(held: Iterable[Snapshot]) -> str:
+    return ", ".join(f"{s.id} of job {s.job}" + ("" if s.complete else " (incomplete)") for s in held)
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _read(snapshot: Snapshot) -> Contents:
+    """Have every agent that holds an image of *snapshot* read it in full."""
+    details: list[wire.ImageDetail] = []
+    for address in dict.fromkeys(copy.address for copy in snapshot.copies):
+        with connect(address) as client:
+            details += client.inspect(snapshot.id.run, snapshot.id.step).images
+    details.sort(key=lambda detail: detail.image.rank)
+    return Contents(snapshot, tuple(details), tuple(tensors_of(details)), tuple(map(_values_of, details)))
+
+
+def tensors_of(details: Iterable[wire.ImageDetail]) -> Iterator[Tensor]:
+    """The tensors in some images, in the order in which they first appear; slices in that of the images."""
+    found: dict[tuple[str, str, tuple[int, ...]], list[Part]] = {}
+    for detail in details:
+        layout = Layout.from_text(detail.layout)
+        for placed, crc in zip(layout.placed, detail.slice_crc, strict=True):
+            s = placed.slice
+            part = Part(
+                detail.image.rank, s.start, s.extent, s.nbytes, crc, _damaged(detail, placed.offset, placed.end)
+            )
+            found.setdefault((s.name, s.dtype, s.shape), []).append(part)
+    for (name, dtype, shape), parts in found.items():
+        yield Tensor(name, dtype, shape, tuple(parts))
+
+
+def _values_of(detail: wire.ImageDetail) -> Part:
+    """The eager values of one image: RNG, loader position, and whatever else is no tensor."""
+    start, end = Layout.from_text(detail.layout).values_offset, detail.image.image_bytes
+    return Part(detail.image.rank, (), (), end - start, detail.values_crc, _damaged(detail, start, end))
+
+
+def _damaged(detail: wire.ImageDetail, start: int, end: int) -> bool:
+    """Whether a damaged block touches the bytes ``[start, end)`` of the image."""
+    return any(start < (block + 1) * BLOCK_BYTES and block * BLOCK_BYTES < end for block in detail.bad_blocks)
+
+
+def _block_count(image: wire.Image) -> int:
+    return -(-image.image_bytes // BLOCK_BYTES)
+
+
+# -- showing ----------------------------------------------------------------------------------------------------------
+
+
+def _show(out: Console, contents: Contents) -> None:
+    from rich.table import Column, Table
+
+    s = contents.snapshot
+    total = sum(detail.image.image_bytes for detail in contents.images)
+    out.print(
+        printable(f"snapshot {s.id.run}/{s.id.step} of job {s.job}, generation {s.id.generation}: ")
+        + f"{len(s.ranks)} of {s.world} ranks, {len(contents.tensors)} tensors, {show_bytes(total)}",
+        soft_wrap=True,
+    )
+    table = Table(Column("tensor", overflow="fold"), "dtype", "shape", "rank: slice", "bytes", "crc32c")
+    for tensor in contents.tensors:
+        name: tuple[str, str, str] = (printable(tensor.name), tensor.dtype, str(list(tensor.shape)))
+        for part in tensor.parts:
+            table.add_row(*name, f"{part.rank}: {list(part.start)}+{list(part.extent)}", *_sum_cells(part))
+            name = ("", "", "")
+    for part in contents.values:
+        table.add_row("(values)", "", "", f"{part.rank}:", *_sum_cells(part))
+    out.print(table)
+    for detail in contents.damaged:
+        blocks = ", ".join(map(str, detail.bad_blocks))
+        out.print(f"damaged: rank {detail.image.rank}, blocks {blocks} of {printable(detail.image.path)}", soft_wrap=True)
+
+
+def _sum_cells(part: Part) -> tuple[str, str]:
+    return str(part.nbytes), f"{part.crc:08x}" + (" DAMAGED" if part.damaged else "")
+
+
+def _json(contents: Contents) -> dict[str, Any]:
+    s = contents.snapshot
+    return {
+        "job": s.job,
+        "run": s.id.run,
+        "step": s.id.step,
+        "generation": s.id.generation,
+        "world": s.world,
+        "ranks": s.ranks,
+        "complete": s.complete,
+        "sound": not contents.damaged,
+        "block_bytes": BLOCK_BYTES,
+        "images": [
+            {
+                "rank": detail.image.rank,
+                "path": detail.image.path,
+                "image_bytes": detail.image.image_bytes,
+                "bad_blocks": list(detail.bad_blocks),
+            }
+            for detail in contents.images
+        ],
+        "tensors": [
+            {
+                "name": tensor.name,
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "bytes": sum(part.nbytes for part in tensor.parts),
+                "slices": [
+                    {"rank": part.rank, "start": list(part.start), "extent": list(part.extent)} | _sum_json(part)
+                    for part in tensor.parts
+                ],
+            }
+            for tensor in contents.tensors
+        ],
+        "values": [{"rank": part.rank} | _sum_json(part) for part in contents.values],
+    }
+
+
+def _sum_json(part: Part) -> dict[str, Any]:
+    return {"bytes": part.nbytes, "crc32c": f"{part.crc:08x}", "damaged": part.damaged}

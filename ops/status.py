@@ -1,0 +1,170 @@
+"""``holdfast status``: agents, trainers and slots, and what was skipped and why."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..agent import wire_pb2 as wire
+from ..agent.client import AgentClient
+from .answers import Answered, Silent, ask, asking, console, print_json, printable, silent_json, whom
+from .quantity import show_bytes, show_milliseconds, show_seconds
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_ALONE = "alone: no other node protects these snapshots. Whoever loses this node loses everything held in its memory."
+_NONE = "–"
+
+
+@click.command
+@asking
+def status(agents: tuple[str, ...], job: str | None, as_json: bool) -> None:
+    """Show agents, trainers, slots, and what was skipped and why."""
+    answers = ask(whom(agents, job, os.environ), AgentClient.status)
+    if as_json:
+        print_json({"agents": [_agent_json(a) for a in answers.given], "silent": silent_json(answers.silent)})
+        return
+    out = console()
+    if not answers.given and not answers.silent:
+        out.print("no agent of yours runs on this node")
+    for answered in answers.given:
+        _show_agent(out, answered)
+    for silent in answers.silent:
+        _show_silent(out, silent)
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def _show_agent(out: Console, answered: Answered[wire.StatusReport]) -> None:
+    for line in _heading(answered.address, answered.answer):
+        out.print(printable(line), soft_wrap=True)
+    out.print(_trainer_table(answered.answer) if answered.answer.trainers else "  no trainer has been attached")
+    out.print(_slot_table(answered.answer) if answered.answer.slots else "  no slots")
+    if answered.answer.foreign:
+        names = ", ".join(printable(name) for name in answered.answer.foreign)
+        out.print(f"  files that are not ours, left alone: {names}", soft_wrap=True)
+    out.print()
+
+
+def _show_silent(out: Console, silent: Silent) -> None:
+    out.print(f"{printable(silent.address)}: not answering", soft_wrap=True)
+    out.print(f"  {printable(str(silent.error))}\n", soft_wrap=True)
+
+
+def _heading(address: str, r: wire.StatusReport) -> Iterator[str]:
+    idle = f", nobody attached for {show_seconds(r.idle_s)}" if r.idle_s else ""
+    yield f"agent {r.agent}, job {r.job}, pid {r.pid}, holdfast {r.version}, up {show_seconds(r.uptime_s)}{idle}"
+    yield f"  asked at {address}; answers at {r.listen}; shared memory in {r.shm}"
+    limit = f"of {show_bytes(r.limit_bytes)} allowed" if r.limit_bytes else "and no limit declared"
+    yield f"  memory {show_bytes(r.reserved_bytes)} reserved {limit}"
+    if r.alone:
+        yield f"  {_ALONE}"
+
+
+def _trainer_table(report: wire.StatusReport) -> Table:
+    from rich.table import Table
+
+    table = Table("rank", "trainer", "step", "watermark", "taken", "last stall", "last copy", "skipped")
+    for trainer in report.trainers:
+        t = _trainer_json(trainer)
+        table.add_row(
+            f"{t['rank']}/{t['world']}",
+            f"{t['state']}, pid {t['pid']}",
+            _shown(t["step"]),
+            _shown(t["watermark"]),
+            _shown(t["taken"]),
+            _NONE if t["last_stall_s"] is None else show_milliseconds(t["last_stall_s"]),
+            _NONE if t["last_copy_s"] is None else show_milliseconds(t["last_copy_s"]),
+            _skips(t["skipped"]),
+        )
+    return table
+
+
+def _skips(skipped: dict[str, int]) -> str:
+    """Like ``7: slots-busy 5, agent-away 2``."""
+    if not skipped:
+        return "0"
+    reasons = sorted(skipped.items(), key=lambda entry: (-entry[1], entry[0]))
+    return f"{sum(skipped.values())}: {', '.join(f'{printable(reason)} {count}' for reason, count in reasons)}"
+
+
+def _slot_table(report: wire.StatusReport) -> Table:
+    from rich.table import Table
+
+    table = Table("rank", "slot", "state", "snapshot", "image", "capacity")
+    for slot in report.slots:
+        held = slot.state == "sealed"
+        table.add_row(
+            str(slot.rank),
+            str(slot.index),
+            printable(slot.state),
+            f"{printable(slot.run[:8])}/{slot.step}" if held else _NONE,
+            show_bytes(slot.image_bytes) if held else _NONE,
+            show_bytes(slot.capacity_bytes),
+        )
+    return table
+
+
+def _shown(value: int | None) -> str:
+    return _NONE if value is None else str(value)
+
+
+# -- JSON: docs/cli.md lists these keys -------------------------------------------------------------------------------
+
+
+def _agent_json(answered: Answered[wire.StatusReport]) -> dict[str, Any]:
+    r = answered.answer
+    return {
+        "address": answered.address,
+        "agent": r.agent,
+        "version": r.version,
+        "job": r.job,
+        "pid": r.pid,
+        "uptime_s": r.uptime_s,
+        "idle_s": r.idle_s,
+        "shm": r.shm,
+        "listen": r.listen,
+        "alone": r.alone,
+        "reserved_bytes": r.reserved_bytes,
+        "limit_bytes": r.limit_bytes or None,
+        "trainers": [_trainer_json(trainer) for trainer in r.trainers],
+        "slots": [_slot_json(slot) for slot in r.slots],
+        "foreign": list(r.foreign),
+    }
+
+
+def _trainer_json(t: wire.TrainerStatus) -> dict[str, Any]:
+    report = t.report
+    told = report.ByteSize() > 0  # a trainer that has ended a step has a step to tell
+    return {
+        "rank": t.rank,
+        "world": t.world,
+        "pid": t.pid,
+        "state": "alive" if t.alive else "ended" if t.ended else "gone",
+        "step": report.step if told else None,
+        "watermark": report.watermark if told and report.watermark >= 0 else None,
+        "taken": report.taken if told else None,
+        "skipped": dict(report.skipped),
+        "last_stall_s": report.last_stall_s if told else None,
+        "last_copy_s": report.last_copy_s if told else None,
+    }
+
+
+def _slot_json(slot: wire.SlotStatus) -> dict[str, Any]:
+    held = slot.state == "sealed"
+    return {
+        "rank": slot.rank,
+        "slot": slot.index,
+        "state": slot.state,
+        "run": slot.run if held else None,
+        "generation": slot.generation if held else None,
+        "step": slot.step if held else None,
+        "image_bytes": slot.image_bytes if held else None,
+        "capacity_bytes": slot.capacity_bytes,
+    }

@@ -1,0 +1,40 @@
+"""Jobs that clean up after themselves."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults.job import Job
+
+MakeJob = Callable[..., Job]
+
+
+@pytest.fixture
+def make_job(tmp_path: Path) -> Iterator[MakeJob]:
+    """Makes jobs whose reference has been trained."""
+    jobs: list[Job] = []
+
+    def make(**options: Any) -> Job:
+        folder = tmp_path / f"job{len(jobs)}"
+        folder.mkdir()
+        job = Job(folder, **options)
+        jobs.append(job)
+        job.reference()
+        return job
+
+    yield make
+    for job in jobs:
+        job.remove()
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> random.Random:
+    """Seeded by HOLDFAST_SEED or freshly; the seed is shown with every failure."""
+    seed = int(os.environ.get("HOLDFAST_SEED", random.SystemRandom().randrange(1 << 32)))
+    print(f"HOLDFAST_SEED={seed}")
+    return random.Random(f"{seed} {request.node.name}")

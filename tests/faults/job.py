@@ -1,0 +1,366 @@
+"""A small real training job that can be killed anywhere, and the judgement of what it did.
+
+Ranks are real processes, forked from a server that has imported torch once, so that a life costs a third of a second.
+Every step they append loss, digest of the whole state and what they know to be complete to a log, unbuffered, so
+that it survives SIGKILL. ``reference`` trains the same job without Holdfast; ``judge`` compares bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+DEADLINE_S = 60.0
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["torch.distributed.fsdp", "holdfast.hooks.checkpointer", "faults.job"])
+
+
+class Loader:
+    """A shuffled, stateful source of batches that draws from its own NumPy generator."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.order = self.rng.permutation(64)
+        self.position = 0
+
+    def next(self) -> torch.Tensor:
+        if self.position + 4 > len(self.order):
+            self.order, self.position = self.rng.permutation(64), 0
+        rows = self.order[self.position : self.position + 4]
+        self.position += 4
+        return torch.from_numpy(np.sin(np.outer(rows + 1, np.arange(1, 17)))).float()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rng": self.rng.bit_generator.state, "order": self.order, "position": self.position}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.rng.bit_generator.state = state["rng"]
+        self.order, self.position = state["order"], state["position"]
+
+
+@dataclass(slots=True)
+class Training:
+    """Everything that makes up the state of one rank, and one step of it."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    loader: Loader
+    python: dict[str, Any]
+
+    @classmethod
+    def build(cls, strategy: str, rank: int) -> Training:
+        torch.manual_seed(11)
+        random.seed(rank)
+        np.random.seed(rank)
+        model: nn.Module = nn.Sequential(
+            nn.Linear(16, 32), nn.BatchNorm1d(32), nn.GELU(), nn.Dropout(0.2), nn.Linear(32, 33), nn.Linear(33, 16)
+        )
+        if strategy == "ddp":
+            model = nn.parallel.DistributedDataParallel(model)
+        elif strategy == "fsdp2":
+            from torch.distributed.fsdp import fully_shard
+
+            fully_shard(model[0])  # type: ignore[index]
+            fully_shard(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
+        torch.manual_seed(100 + rank)  # dropout differs from rank to rank
+        return cls(model, optimizer, scheduler, Loader(rank), {"draws": 0.0})
+
+    def step(self) -> float:
+        batch = self.loader.next() + random.random() + float(np.random.rand())
+        loss = (self.model(batch) - batch).square().mean()
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.scheduler.step()
+        self.python["draws"] += random.random()
+        return loss.item()
+
+    def extras(self) -> dict[str, Any]:
+        return {"scheduler": self.scheduler, "loader": self.loader, "python": self.python}
+
+    def digest(self) -> str:
+        """Of every byte that matters for how training goes on."""
+        found = hashlib.sha256()
+        with torch.no_grad():
+            for tensor in [*self.model.state_dict().values(), *self._moments()]:
+                local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+                found.update(local.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        found.update(torch.get_rng_state().numpy().tobytes())
+        for value in (random.getstate(), np.random.get_state(legacy=False), self.scheduler.state_dict()):
+            found.update(repr(value).encode())
+        found.update(repr([group["lr"] for group in self.optimizer.param_groups]).encode())
+        found.update(repr((self.loader.state_dict(), self.python)).encode())
+        return found.hexdigest()[:16]
+
+    def _moments(self) -> Iterator[torch.Tensor]:
+        for state in self.optimizer.state.values():
+            yield from (state[key] for key in sorted(state))
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What one life of a rank is told."""
+
+    folder: str
+    shm: str
+    job: str
+    world: int
+    steps: int
+    strategy: str
+    life: int
+    step_s: float
+    crash: str = ""
+
+
+def train(spec: Spec, rank: int) -> None:
+    """One life of one rank; the entry of its process."""
+    from holdfast import Checkpointer, Deadlines, crashpoints
+
+    log = os.open(f"{spec.folder}/rank{rank}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    sys.stderr = open(f"{spec.folder}/rank{rank}.err", "a", buffering=1)  # noqa: SIM115
+    os.dup2(sys.stderr.fileno(), 2)
+    _prepare(spec, rank)
+    crashpoints.arm(spec.crash)
+    training = Training.build(spec.strategy, rank)
+    checkpointer = Checkpointer(
+        training.model,
+        training.optimizer,
+        training.extras(),
+        job=spec.job,
+        shm=spec.shm,
+        deadlines=Deadlines(attach=DEADLINE_S, restore=DEADLINE_S),
+    )
+    with checkpointer as ckpt:
+        restored = ckpt.restore() or 0
+        _write(log, life=spec.life, restored=restored, digest=training.digest() if restored else None, pid=os.getpid())
+        for step in range(restored + 1, spec.steps + 1):
+            loss = training.step()
+            digest = training.digest()
+            ckpt.step(step)
+            stats = ckpt.stats()
+            _write(
+                log, life=spec.life, step=step, loss=loss.hex(), digest=digest, taken=stats.taken,
+                skipped=dict(stats.skipped), watermark=ckpt.watermark or 0,
+            )  # fmt: skip
+            time.sleep(spec.step_s)  # the device computes
+    _write(log, life=spec.life, done=True)
+
+
+def _prepare(spec: Spec, rank: int) -> None:
+    torch.set_num_threads(1)
+    if spec.world > 1:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{spec.folder}/store-{spec.life}", rank=rank, world_size=spec.world
+        )
+
+
+def train_reference(spec: Spec, rank: int) -> None:
+    """The same training without Holdfast."""
+    log = os.open(f"{spec.folder}/reference{rank}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    _prepare(spec, rank)
+    training = Training.build(spec.strategy, rank)
+    for step in range(1, spec.steps + 1):
+        loss = training.step()
+        _write(log, step=step, loss=loss.hex(), digest=training.digest())
+
+
+def _write(log: int, **entry: Any) -> None:
+    os.write(log, json.dumps(entry).encode() + b"\n")
+
+
+@dataclass(slots=True)
+class Job:
+    """A training job on one node, over all its lives."""
+
+    folder: Path
+    world: int = 1
+    steps: int = 60
+    strategy: str = "plain"
+    step_s: float = 0.003
+    lives: int = 0
+    kills: int = 0
+    name: str = field(default_factory=lambda: f"fault-{uuid.uuid4().hex[:8]}")
+    ranks: list[BaseProcess] = field(default_factory=list)
+    agent: subprocess.Popen[str] | None = None
+
+    @property
+    def shm(self) -> Path:
+        return Path(f"/dev/shm/{self.name}")
+
+    def spec(self, crash: str = "") -> Spec:
+        return Spec(
+            str(self.folder), str(self.shm), self.name, self.world, self.steps, self.strategy, self.lives,
+            self.step_s, crash,
+        )  # fmt: skip
+
+    # -- running -----------------------------------------------------------------------------------------------------
+
+    def reference(self) -> None:
+        """Train without interruption, and without Holdfast."""
+        processes = [_server.Process(target=train_reference, args=(self.spec(), r)) for r in range(self.world)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(DEADLINE_S)
+            assert process.exitcode == 0
+        self.lives += 1
+
+    def start(self, crash: str = "", crash_rank: int = 0) -> None:
+        """Begin a life; *crash* is where one of its ranks dies."""
+        self.lives += 1
+        self.ranks = [
+            _server.Process(target=train, args=(self.spec(crash if r == crash_rank else ""), r), daemon=True)
+            for r in range(self.world)
+        ]
+        for process in self.ranks:
+            process.start()
+
+    def start_agent(self, crash: str = "") -> None:
+        """Start an agent that dies where *crash* says; the trainers restart one without that wish."""
+        command = ["agent", "--job", self.name, "--shm", str(self.shm), "--idle-exit", "never"]
+        with (self.folder / "agent.err").open("a") as log:
+            self.agent = subprocess.Popen(
+                [sys.executable, "-m", "holdfast", *command],
+                env={**os.environ, "HOLDFAST_CRASH": crash},
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        assert self.agent.stdout is not None
+        self.agent.stdout.readline()  # the ready line, or nothing if it died before
+
+    def wait_death(self, rank: int = 0) -> None:
+        """Until *rank* has died of SIGKILL, which counts as a kill; then end the others, as torchrun does."""
+        self.ranks[rank].join(DEADLINE_S)
+        assert self.ranks[rank].exitcode == -signal.SIGKILL, f"exit code {self.ranks[rank].exitcode}\n{self.errors()}"
+        self.kills += 1
+        self.end_ranks()
+
+    def end_ranks(self) -> None:
+        for process in self.ranks:
+            if process.is_alive() and process.pid is not None:
+                os.kill(process.pid, signal.SIGKILL)
+        for process in self.ranks:
+            process.join(DEADLINE_S)
+
+    def kill_ranks(self, *which: int) -> None:
+        """SIGKILL, now."""
+        for rank in which or range(self.world):
+            pid = self.ranks[rank].pid
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+            self.kills += 1
+
+    def agent_pid(self) -> int | None:
+        with contextlib.suppress(OSError, ValueError):
+            return int((self.shm / "agent.pid").read_text())
+        return None
+
+    def signal_agent(self, number: int = signal.SIGKILL) -> None:
+        pid = self.agent_pid()
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+                self.kills += number == signal.SIGKILL
+
+    def finish(self) -> None:
+        """Until all ranks have ended well."""
+        for process in self.ranks:
+            process.join(DEADLINE_S)
+        codes = [process.exitcode for process in self.ranks]
+        assert codes == [0] * self.world, f"exit codes {codes}\n{self.errors()}"
+
+    def remove(self) -> None:
+        """Leave nothing behind."""
+        self.end_ranks()
+        self.signal_agent()
+        if self.agent is not None:
+            self.agent.kill()
+            self.agent.wait(DEADLINE_S)
+            assert self.agent.stdout is not None
+            self.agent.stdout.close()
+        shutil.rmtree(self.shm, ignore_errors=True)
+
+    # -- watching ----------------------------------------------------------------------------------------------------
+
+    def log(self, rank: int = 0) -> list[dict[str, Any]]:
+        return _read(self.folder / f"rank{rank}.jsonl")
+
+    def errors(self) -> str:
+        return "\n".join(path.read_text()[-4000:] for path in sorted(self.folder.glob("*.err")))
+
+    def wait_for(self, what: str, condition: Callable[[list[dict[str, Any]]], bool], rank: int = 0) -> None:
+        """Until the log of *rank* says so; fails after the deadline, or if the rank ended before."""
+        deadline_s = time.monotonic() + DEADLINE_S
+        while not condition(self.log(rank)):
+            assert time.monotonic() < deadline_s, f"no {what} within {DEADLINE_S} s\n{self.errors()}"
+            assert self.ranks[rank].is_alive() or condition(self.log(rank)), f"ended before {what}\n{self.errors()}"
+            time.sleep(0.001)
+
+    def wait_progress(self, steps: int, rank: int = 0) -> None:
+        """Until *rank* has made so many steps in this life."""
+        self.wait_for(
+            f"{steps} steps of life {self.lives}",
+            lambda log: sum(e["life"] == self.lives and "step" in e for e in log) >= steps,
+            rank,
+        )
+
+    # -- judging -----------------------------------------------------------------------------------------------------
+
+    def judge(self) -> list[int]:
+        """Every step of every life is bit for bit the reference's; returns the steps that lives began from."""
+        began: list[int] = []
+        restored: dict[int, int] = {}
+        for rank in range(self.world):
+            truth = {entry["step"]: entry for entry in _read(self.folder / f"reference{rank}.jsonl")}
+            complete = 0
+            for entry in self.log(rank):
+                if "restored" in entry:
+                    step = entry["restored"]
+                    assert step >= complete, (
+                        f"rank {rank} went back to {step}; {complete} was complete\n{self.errors()}"
+                    )
+                    assert step == 0 or entry["digest"] == truth[step]["digest"], (
+                        f"rank {rank}: another state at {step}"
+                    )
+                    assert restored.setdefault(entry["life"], step) == step, f"ranks restored different steps: {entry}"
+                    began += [step] if rank == 0 else []
+                elif "step" in entry:
+                    wanted = truth[entry["step"]]
+                    assert entry["loss"] == wanted["loss"], f"rank {rank} step {entry['step']}: another loss"
+                    assert entry["digest"] == wanted["digest"], f"rank {rank} step {entry['step']}: another state"
+                    complete = max(complete, entry["watermark"])
+            assert self.log(rank)[-1].get("done"), f"rank {rank} did not finish\n{self.errors()}"
+        return began
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a log; a line cut off by a kill is not there yet."""
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
