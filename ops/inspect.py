@@ -14,8 +14,19 @@ from ..agent import wire_pb2 as wire
 from ..erasure.kernel import BLOCK_BYTES
 from ..errors import ConfigError, Corrupt, SnapshotUnknown
 from ..snapshot.layout import Layout
-from .answers import Snapshot, ask, asking, connect, console, holdings, print_json, printable, snapshots, tell_silent
-from .answers import whom
+from .answers import (
+    Snapshot,
+    ask,
+    asking,
+    connect,
+    console,
+    holdings,
+    print_json,
+    printable,
+    snapshots,
+    tell_silent,
+    whom,
+)
 from .quantity import show_bytes
 
 if TYPE_CHECKING:
@@ -102,10 +113,7 @@ def choose(name: str, held: Sequence[Snapshot]) -> Snapshot:
         raise ConfigError(f"{name!r} names no snapshot: RUN/STEP, /STEP, RUN/latest or latest does")
     run = (match[1] or "").replace("-", "").lower()
     found = [s for s in held if s.id.run.startswith(run)]
-    if match[2] == LATEST:
-        found = _newest(found)
-    else:
-        found = [s for s in found if s.id.step == int(match[2])]
+    found = _newest(found) if match[2] == LATEST else [s for s in found if s.id.step == int(match[2])]
     if not found:
         raise SnapshotUnknown(f"no snapshot {name} is held; held are: {_listed(held) or 'none'}")
     if len(found) > 1:
@@ -193,7 +201,9 @@ def _show(out: Console, contents: Contents) -> None:
     out.print(table)
     for detail in contents.damaged:
         blocks = ", ".join(map(str, detail.bad_blocks))
-        out.print(f"damaged: rank {detail.image.rank}, blocks {blocks} of {printable(detail.image.path)}", soft_wrap=True)
+        out.print(
+            f"damaged: rank {detail.image.rank}, blocks {blocks} of {printable(detail.image.path)}", soft_wrap=True
+        )
 
 
 def _sum_cells(part: Part) -> tuple[str, str]:

@@ -8,8 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .answers import Snapshot, ask, asking, console, holdings, print_json, printable, silent_json, snapshots
-from .answers import tell_silent, whom
+from .answers import (
+    Snapshot,
+    ask,
+    asking,
+    console,
+    holdings,
+    print_json,
+    printable,
+    silent_json,
+    snapshots,
+    tell_silent,
+    whom,
+)
 from .quantity import show_bytes, show_ranks
 
 if TYPE_CHECKING:

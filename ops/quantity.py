@@ -24,7 +24,11 @@ class _Bytes(click.ParamType[int]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         match = _NUMBER.fullmatch(str(value))
         if match is None or match[2] not in _BYTES:
-            self.fail(f"{value!r} is no amount of memory; a number and one of {', '.join(filter(None, _BYTES))} is", param, ctx)
+            self.fail(
+                f"{value!r} is no amount of memory; a number and one of {', '.join(filter(None, _BYTES))} is",
+                param,
+                ctx,
+            )
         return int(float(match[1]) * _BYTES[match[2]])
 
 

@@ -7,6 +7,7 @@ snapshots for ``--keep``, and the next ``holdfast run`` of the job finds them, a
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -38,7 +39,9 @@ _NOT_EXECUTABLE: Final = 126
 @click.option("--job", help="Name of the job. Default: HOLDFAST_JOB, SLURM_JOB_ID, or one made of the script's path.")
 @click.option("--shm", help="Folder of shared memory. Default: HOLDFAST_SHM, or /dev/shm/holdfast-<uid>/<job>")
 @click.option("--memory-limit", type=BYTES, help="Most shared memory for snapshots. See: holdfast agent --help")
-@click.option("--idle-exit", type=SECONDS, default=None, help="How long an agent that nobody needs stays.  [default: 5m]")
+@click.option(
+    "--idle-exit", type=SECONDS, default=None, help="How long an agent that nobody needs stays.  [default: 5m]"
+)
 @click.option("--keep", type=SECONDS, default=None, help="How long snapshots of a failed job are kept.  [default: 24h]")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True, metavar="[--] COMMAND...")
 @click.pass_context
@@ -87,7 +90,7 @@ def script_of(command: Sequence[str]) -> str:
     arguments = command[1:]
     files = [text for text in arguments if Path(text).is_file()]
     scripts = [text for text in (command[0], *files) if text.endswith(".py")]
-    modules = [after for option, after in zip(arguments, arguments[1:], strict=False) if option == "-m"]
+    modules = [after for option, after in itertools.pairwise(arguments) if option == "-m"]
     return (scripts[:1] or modules[-1:] or files[:1] or [command[0]])[0]
 
 
@@ -116,7 +119,11 @@ def _run(command: Sequence[str]) -> int:
 
     former = {number: signal.signal(number, forward) for number in _FORWARDED}
     try:
-        process = subprocess.Popen(command)
+        try:
+            process = subprocess.Popen(command)
+        except OSError as error:  # a file with no interpreter, or of another architecture
+            _say(f"{command[0]}: {error.strerror}")
+            return _NOT_EXECUTABLE
         for number in early:  # handlers run in this thread, between two lines: none is lost, and none comes twice
             process.send_signal(number)
         code = process.wait()
@@ -154,18 +161,56 @@ def _agent_kept(settings: NodeSettings) -> Iterator[None]:
 
 
 def _keep_agent(settings: NodeSettings, over: threading.Event) -> None:
-    from ..agent.client import AgentClient
-    from ..agent.launch import ensure_agent
-
     pause_s, last = _ASK_EVERY_S, ""
     while not over.wait(pause_s):
         try:
-            with AgentClient.at(settings) as client:
-                client.status()
-            pause_s = _ASK_EVERY_S
-        except DeadlinePassed:
-            continue  # it hangs, or the node is busy; it holds its lock, so no other could serve in its place
-        except AgentUnreachable:
-            last = _restart(lambda: ensure_agent(settings, _START_TIMEOUT_S), last)
-        except HoldfastError as error:
-            last = _complain(error, last)
+            revived = _revive(settings)
+        except (HoldfastError, OSError) as error:
+            if str(error) != last:
+                _say(f"the agent has ended and cannot be started again; snapshots are skipped: {error}")
+            pause_s, last = min(2 * pause_s, _ASK_AT_LEAST_EVERY_S), str(error)
+        else:
+            if revived:
+                _say("the agent had ended; another one has taken over what it held")
+            pause_s, last = _ASK_EVERY_S, ""
+
+
+def _revive(settings: NodeSettings) -> bool:
+    """Have an agent that answers; whether one had to be started. An agent that hangs is left alone: it has its lock."""
+    from ..agent.client import AgentClient
+    from ..agent.launch import ensure_agent
+
+    try:
+        with AgentClient.at(settings) as client:
+            client.status()
+    except DeadlinePassed:
+        return False
+    except AgentUnreachable:
+        ensure_agent(settings, _START_TIMEOUT_S)
+        return True
+    return False
+
+
+# -- what the user is told --------------------------------------------------------------------------------------------
+
+
+def _tell_what_is_held(settings: NodeSettings, code: int) -> None:
+    """After a failure: what the next life of the job will find."""
+    from .answers import Asked, ask, holdings, snapshots
+
+    try:
+        held = snapshots(ask(Asked((str(settings.socket),), named=True), holdings).given)
+    except HoldfastError as error:
+        _say(f"the command ended with code {code}; what is held is not known: {error}")
+        return
+    newest = next((s for s in held if s.complete), None)
+    if newest is None:
+        _say(f"the command ended with code {code}; this node holds no complete snapshot of it")
+    else:
+        _say(
+            f"the command ended with code {code}; snapshot {newest.id} is held, and the same command continues from it"
+        )
+
+
+def _say(text: str) -> None:
+    click.echo(f"holdfast run: {text}", err=True)
