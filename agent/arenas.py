@@ -85,7 +85,7 @@ class Arenas:
         return [record for _, record in self._sealed()]
 
     def reserve(self, rank: int, slots: int, *, image_bytes: int, table_bytes: int) -> list[Place]:
-        """Have *slots* slots for *rank*, each free one at least of the given sizes. Blocks while memory is prefaulted.
+        """Have *slots* slots for *rank*, each free one at least of the given sizes. Their memory is reserved, not mapped.
 
         Sealed slots are kept as they are, whatever their size.
 
@@ -109,6 +109,11 @@ class Arenas:
         self._make(place)
         return place
 
+    def prefault(self, places: Iterable[Place]) -> None:
+        """Have the memory of these slots mapped. Blocks; called in a worker thread, for several ranks at once."""
+        for place in places:
+            self._slots[place.rank, place.index].prefault()
+
     def _reusable(self, place: Place) -> bool:
         """Whether the slot that lies there already can stay."""
         slot = self._slots.get((place.rank, place.index))
@@ -127,9 +132,7 @@ class Arenas:
         if old is not None:  # its memory goes first: the budget has no room for both
             old.close()
             os.unlink(old.place.path)
-        slot = Slot.create(place)
-        slot.prefault()
-        self._slots[place.rank, place.index] = slot
+        self._slots[place.rank, place.index] = Slot.create(place)
 
     def _check_budget(self, missing: Iterable[Place]) -> None:
         new = sum(place.file_bytes for place in missing)

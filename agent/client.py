@@ -7,6 +7,7 @@ import logging
 import os
 import queue
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, Final, TypeVar
 
@@ -27,6 +28,7 @@ _OPTIONS: Final = [
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.max_send_message_length", 64 << 20),
     ("grpc.enable_http_proxy", 0),
+    ("grpc.use_local_subchannel_pool", 1),  # or a new channel inherits the back-off of an old one to the same socket
 ]
 Reply = TypeVar("Reply", bound=Message)
 
@@ -169,6 +171,7 @@ def hello(
         rank=rank,
         world=world,
         pid=os.getpid(),
+        life=uuid.uuid4().hex,
         slots=slots,
         image_bytes=image_bytes,
         table_bytes=table_bytes,

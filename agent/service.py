@@ -107,6 +107,8 @@ class AgentService:
                 table_bytes=hello.table_bytes,
             )
             trainer = self._trainers[hello.rank] = _Trainer(hello)
+        # Outside the lock: the ranks of a node have their memory mapped at the same time.
+        await asyncio.to_thread(self._arenas.prefault, places)
         return trainer, wire.Welcome(agent=self._name, slots=[_slot_place(p) for p in places], alone=True)
 
     async def _take_over(self, hello: wire.Hello) -> None:
@@ -116,9 +118,9 @@ class AgentService:
             return
         try:
             async with asyncio.timeout(_TAKEOVER_S):
-                if former.hello.pid != hello.pid:
+                if former.hello.life != hello.life:
                     await former.gone.wait()
-                else:  # the same process reconnects: its old stream is dead, whether we have noticed or not
+                else:  # the same trainer reconnects: its old stream is dead, whether we have noticed or not
                     self._lose(former)
                 await former.settled.wait()
         except TimeoutError:
@@ -194,6 +196,7 @@ class AgentService:
                     image_bytes=grow.image_bytes,
                     table_bytes=grow.table_bytes,
                 )
+            await asyncio.to_thread(self._arenas.prefault, [place])
         except HoldfastError as error:
             _log.warning("rank %d: slot %d stays as small as it is: %s", rank, grow.slot, error)
             await write(wire.FromAgent(failed=wire.Failed(slot=grow.slot, step=-1, reason=str(error))))

@@ -1,10 +1,13 @@
 """A complete training script that survives ``kill -9``. The lines marked with ``# <-`` are all that Holdfast adds.
 
-    python examples/train.py                               # one process
-    torchrun --nproc-per-node 2 --max-restarts 9 examples/train.py    # two, restarted when one dies
+    python examples/train.py                                                      # one process
+    torchrun --standalone --nproc-per-node 2 --max-restarts 9 examples/train.py   # two, restarted when one dies
 
 Kill it in any way, start it again the same way: it continues at the step it had reached, with the same losses as if
 nothing had happened. Torch's data loaders do not remember their position; this one does, in five lines.
+
+Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun: else restarted ranks may look for the dead ones, and have to be
+restarted again (https://github.com/pytorch/pytorch/issues/135712).
 """
 # mypy: allow-untyped-calls
 

@@ -224,7 +224,7 @@ def console() -> Console:
 
 def printable(text: str) -> str:
     """*text* without anything that could steer a terminal or cannot be encoded; it may come from anywhere."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def print_json(document: Mapping[str, Any]) -> None:

@@ -66,6 +66,8 @@ def run(
     settings = NodeSettings.read(os.environ, job=job, shm=shm, script=script_of(command))
     # Both the agent and the command inherit them.
     os.environ |= {"HOLDFAST_JOB": settings.job, "HOLDFAST_SHM": str(settings.shm)}
+    # torchrun would keep one store over all restarts, and gloo connect to the dead it finds there (pytorch issue 135712).
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if memory_limit is not None:
         os.environ["HOLDFAST_MEMORY_LIMIT"] = str(memory_limit)
     for name, value_s in (("idle_exit", idle_exit), ("keep", keep)):
@@ -161,34 +163,33 @@ def _agent_kept(settings: NodeSettings) -> Iterator[None]:
 
 
 def _keep_agent(settings: NodeSettings, over: threading.Event) -> None:
-    pause_s, last = _ASK_EVERY_S, ""
+    pause_s, last, attached = _ASK_EVERY_S, "", False
     while not over.wait(pause_s):
         try:
-            revived = _revive(settings)
+            found = _revive(settings)
         except (HoldfastError, OSError) as error:
             if str(error) != last:
                 _say(f"the agent has ended and cannot be started again; snapshots are skipped: {error}")
             pause_s, last = min(2 * pause_s, _ASK_AT_LEAST_EVERY_S), str(error)
-        else:
-            if revived:
-                _say("the agent had ended; another one has taken over what it held")
-            pause_s, last = _ASK_EVERY_S, ""
+            continue
+        if found is None and attached:  # one that nobody was attached to ended by itself, unneeded
+            _say("the agent had ended; another one has taken over what it held")
+        pause_s, last, attached = _ASK_EVERY_S, "", found is True
 
 
-def _revive(settings: NodeSettings) -> bool:
-    """Have an agent that answers; whether one had to be started. An agent that hangs is left alone: it has its lock."""
+def _revive(settings: NodeSettings) -> bool | None:
+    """Have an agent that answers: whether trainers are attached to it, None if it had to be started just now."""
     from ..agent.client import AgentClient
     from ..agent.launch import ensure_agent
 
     try:
         with AgentClient.at(settings) as client:
-            client.status()
+            return any(trainer.alive for trainer in client.status().trainers)
     except DeadlinePassed:
-        return False
+        return True  # it hangs, or the node is busy; it has its lock, so no other could serve in its place
     except AgentUnreachable:
         ensure_agent(settings, _START_TIMEOUT_S)
-        return True
-    return False
+        return None
 
 
 # -- what the user is told --------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _ALONE = "alone: no other node protects these snapshots. Whoever loses this node loses everything held in its memory."
-_NONE = "–"
+_NONE = "-"
 
 
 @click.command

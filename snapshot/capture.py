@@ -17,7 +17,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Final
@@ -150,19 +150,20 @@ class CpuCopier(Copier):
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "holdfast-copy")
-        self._running: Future[None] | None = None
+        self._error: BaseException | None = None
         self._landed = threading.Event()
         self._landed.set()
 
     def start(self, binding: Binding, slot: Slot, done: Callable[[float], None]) -> None:
         self._landed.clear()
-        self._running = self._pool.submit(self._copy, binding, slot, done)
+        self._error = None
+        self._pool.submit(self._copy, binding, slot, done)
 
     def fence(self, timeout_s: float) -> None:
         if not self._landed.wait(timeout_s):
             raise DeadlinePassed(f"the copy into the slot did not end within {timeout_s:g} s")
-        if self._running is not None and self._running.done() and (error := self._running.exception()):
-            raise error
+        if self._error is not None:
+            raise self._error
 
     @property
     def busy(self) -> bool:
@@ -176,6 +177,9 @@ class CpuCopier(Copier):
         try:
             copy_now(binding.lazy, slot, inside=lambda: reach("capture.inside-copy"))
             reach("capture.copied")
+        except BaseException as error:
+            self._error = error  # told by the fence; without "done", the agent never records this image
+            raise
         finally:
             self._landed.set()
         done(time.perf_counter() - start_s)

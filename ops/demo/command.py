@@ -138,7 +138,7 @@ def _progress(plan: Plan, *, quiet: bool) -> Iterator[Watch]:
     ]
     names = ", ".join(target.value for target in plan.targets)
     with Display(*columns) as display:
-        display.console.print(f"seed {plan.seed}: {plan.ranks} ranks ({plan.strategy}), {plan.kills} kills ({names})")
+        display.console.print(f"seed {plan.seed}, ranks {plan.ranks} ({plan.strategy}), kills {plan.kills} ({names})")
         tasks = {name: display.add_task(name, total=plan.steps, start=False, news="") for name in _RUNS}
 
         def watch(run: str, progress: Progress, kills: int) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import secrets
 import signal
 import statistics
@@ -32,7 +33,8 @@ SILENCE_S: Final = 90.0
 TORCHRUN_EXIT_S: Final = 15.0
 _FIRST_STEP_S: Final = 0.03
 _SPARE_RESTARTS: Final = 3
-_LOG_LINES: Final = 15
+_LOG_LINES: Final = 10
+_ERROR_LINE: Final = re.compile(r"(\[rank\d+\]: ?)?(?!.*ChildFailedError)((\w+\.)+[A-Z]\w+|\w+Error): ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +196,7 @@ class Run:
     def _relaunch(self, code: int) -> None:
         """Start torchrun again, as a cluster would, if the job had come further under the last one."""
         if not self._protected or self.progress.newest_step <= self._launched_at_step:
-            raise HoldfastError(f"the {self._name} run ended by itself with code {code}.\n{self._log_end()}")
+            raise HoldfastError(f"the {self._name} run ended by itself with code {code}.\n{self._log_excerpt()}")
         self.relaunches += 1
         self._launched_at_step = self.progress.newest_step
         entries = (announced(self.folder, rank) for rank in range(self._plan.ranks))
@@ -204,22 +206,22 @@ class Run:
         now = time.monotonic()
         where = f"the {self._name} run, now at step {self.progress.step} of {self._plan.steps}"
         if now > self._deadline:
-            raise DeadlinePassed(f"waited {self._plan.timeout_s:g} s for {where}, to end.\n{self._log_end()}")
+            raise DeadlinePassed(f"waited {self._plan.timeout_s:g} s for {where}, to end.\n{self._log_excerpt()}")
         if now > self._heard + SILENCE_S:
-            raise DeadlinePassed(f"waited {SILENCE_S:g} s for the next step of {where}.\n{self._log_end()}")
+            raise DeadlinePassed(f"waited {SILENCE_S:g} s for the next step of {where}.\n{self._log_excerpt()}")
 
-    def _log_end(self) -> str:
+    def _log_excerpt(self) -> str:
+        """What the log says of the trouble: the errors in it, as torchrun's own report at its end names no reason."""
         path = self.folder / LOG_NAME
-        lines = path.read_text(errors="replace").splitlines()[-_LOG_LINES:]
-        return "\n".join([f"The end of {path}:", *(f"  {line}" for line in lines)])
+        lines = path.read_text(errors="replace").splitlines()
+        errors = [line for line in lines if _ERROR_LINE.match(line)]
+        return "\n".join([f"From {path}:", *(f"  {line}" for line in (errors or lines)[-_LOG_LINES:])])
 
 
 def _environment(settings: NodeSettings) -> Mapping[str, str]:
     """That of this process, with the job of its own; an agent of the user's is left out of it."""
     environment = {name: value for name, value in os.environ.items() if name != "HOLDFAST_AGENT"}
     environment |= {"HOLDFAST_JOB": settings.job, "HOLDFAST_SHM": str(settings.shm)}
-    # Else torchrun keeps one store over all restarts (pytorch issue 135712), and gloo connects to the dead found in it.
-    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     # More threads than one would sum in an order that depends on timing: no run would equal another.
     return environment | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 

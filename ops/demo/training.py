@@ -41,7 +41,10 @@ _MOST_MASKED: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What one process has to train. ``protected`` puts a Checkpointer into the loop; ``strategy`` is ddp or fsdp2."""
+    """What one process has to train. ``strategy`` is ddp or fsdp2; ``protected`` puts a Checkpointer into the loop.
+
+    ``store`` is the host and port of torchrun's key-value store, by which the ranks find each other.
+    """
 
     out: Path
     steps: int
@@ -51,6 +54,7 @@ class Task:
     rank: int
     world: int
     life: int
+    store: tuple[str, int]
 
 
 @dataclass(slots=True)
@@ -67,7 +71,7 @@ def train(task: Task, watch: Stopwatch) -> None:
     """Train *task* to its end, from wherever the newest snapshot stands; leave a journal and a final file."""
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
-    with _process_group(), contextlib.ExitStack() as stack:
+    with _process_group(task), contextlib.ExitStack() as stack:
         training = _build(task)
         watch.lap("setup")
         ckpt, start = None, 0
@@ -97,8 +101,13 @@ def train(task: Task, watch: Stopwatch) -> None:
 
 
 @contextlib.contextmanager
-def _process_group() -> Iterator[None]:
-    dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
+def _process_group(task: Task) -> Iterator[None]:
+    # torchrun keeps one store over all restarts (pytorch issue 135712): without a prefix of its own for every life, gloo
+    # finds the addresses of the last life's dead processes in it, and fails to connect or hangs.
+    host, port = task.store
+    shared = dist.TCPStore(host, port, is_master=False, timeout=COLLECTIVE_TIMEOUT)  # type: ignore[attr-defined]
+    store = dist.PrefixStore(f"life-{task.life}", shared)  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=task.rank, world_size=task.world, timeout=COLLECTIVE_TIMEOUT)
     try:
         yield
     finally:

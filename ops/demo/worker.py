@@ -31,7 +31,8 @@ def main(out: Path, steps: int, strategy: str, seed: int, protected: bool, first
     from .training import Task, train
 
     watch.lap("import")
-    train(Task(out, steps, strategy, seed, protected, rank, world, life), watch)
+    store = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    train(Task(out, steps, strategy, seed, protected, rank, world, life, store), watch)
 
 
 if __name__ == "__main__":

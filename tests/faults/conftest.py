@@ -16,7 +16,7 @@ MakeJob = Callable[..., Job]
 
 @pytest.fixture
 def make_job(tmp_path: Path) -> Iterator[MakeJob]:
-    """Makes jobs whose reference has been trained."""
+    """Makes jobs, and removes them with all that they left."""
     jobs: list[Job] = []
 
     def make(**options: Any) -> Job:
@@ -24,7 +24,6 @@ def make_job(tmp_path: Path) -> Iterator[MakeJob]:
         folder.mkdir()
         job = Job(folder, **options)
         jobs.append(job)
-        job.reference()
         return job
 
     yield make

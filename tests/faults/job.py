@@ -20,7 +20,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -165,6 +165,8 @@ def train(spec: Spec, rank: int) -> None:
                 log, life=spec.life, step=step, loss=loss.hex(), digest=digest, taken=stats.taken,
                 skipped=dict(stats.skipped), watermark=ckpt.watermark or 0,
             )  # fmt: skip
+            if spec.world == 1 and os.path.exists(f"{spec.folder}/enough"):
+                break
             time.sleep(spec.step_s)  # the device computes
     _write(log, life=spec.life, done=True)
 
@@ -218,15 +220,17 @@ class Job:
 
     # -- running -----------------------------------------------------------------------------------------------------
 
-    def reference(self) -> None:
-        """Train without interruption, and without Holdfast."""
-        processes = [_server.Process(target=train_reference, args=(self.spec(), r)) for r in range(self.world)]
+    def reference(self) -> list[dict[int, dict[str, Any]]]:
+        """Train as far without interruption, and without Holdfast; returns each rank's log by step."""
+        self.lives += 1
+        spec = replace(self.spec(), steps=max(e.get("step", 0) for e in self.log()))
+        processes = [_server.Process(target=train_reference, args=(spec, r)) for r in range(self.world)]
         for process in processes:
             process.start()
         for process in processes:
             process.join(DEADLINE_S)
             assert process.exitcode == 0
-        self.lives += 1
+        return [{e["step"]: e for e in _read(self.folder / f"reference{r}.jsonl")} for r in range(self.world)]
 
     def start(self, crash: str = "", crash_rank: int = 0) -> None:
         """Begin a life; *crash* is where one of its ranks dies."""
@@ -286,8 +290,10 @@ class Job:
                 os.kill(pid, number)
                 self.kills += number == signal.SIGKILL
 
-    def finish(self) -> None:
-        """Until all ranks have ended well."""
+    def finish(self, *, enough: bool = False) -> None:
+        """Until all ranks have ended well. *enough*: after the step they are at (one rank only)."""
+        if enough:
+            (self.folder / "enough").touch()
         for process in self.ranks:
             process.join(DEADLINE_S)
         codes = [process.exitcode for process in self.ranks]
@@ -334,8 +340,7 @@ class Job:
         """Every step of every life is bit for bit the reference's; returns the steps that lives began from."""
         began: list[int] = []
         restored: dict[int, int] = {}
-        for rank in range(self.world):
-            truth = {entry["step"]: entry for entry in _read(self.folder / f"reference{rank}.jsonl")}
+        for rank, truth in enumerate(self.reference()):
             complete = 0
             for entry in self.log(rank):
                 if "restored" in entry:

@@ -57,7 +57,7 @@ def test_trainer_dies_while_restoring(make_job: MakeJob, place: str) -> None:
 @pytest.mark.parametrize("place", AGENT_PLACES)
 def test_agent_dies_at_a_named_place(make_job: MakeJob, place: str) -> None:
     """The trainer trains on, starts another agent, and snapshots are sealed again."""
-    job = make_job(steps=400)
+    job = make_job(steps=5000)
     job.start_agent(crash=place)
     job.start()
     assert job.agent is not None
@@ -68,7 +68,8 @@ def test_agent_dies_at_a_named_place(make_job: MakeJob, place: str) -> None:
     job.kill_ranks(0)
     job.end_ranks()
     job.start()
-    job.finish()
+    job.wait_progress(1)
+    job.finish(enough=True)
     assert job.judge()[-1] > at
 
 
@@ -141,7 +142,7 @@ def test_trainer_killed_at_random_instants(make_job: MakeJob, rng: random.Random
 @pytest.mark.parametrize("batch", range(2))
 def test_agent_killed_at_random_instants(make_job: MakeJob, rng: random.Random, batch: int) -> None:
     """Training is never interrupted: it is one life."""
-    job = make_job(steps=1200)
+    job = make_job(steps=5000)
     job.start()
     for _ in range(6):
         seen = len(job.log())
@@ -153,7 +154,8 @@ def test_agent_killed_at_random_instants(make_job: MakeJob, rng: random.Random, 
     job.kill_ranks(0)
     job.end_ranks()
     job.start()
-    job.finish()
+    job.wait_progress(1)
+    job.finish(enough=True)
     assert job.kills == 7
     assert job.judge()[-1] > 0
 
@@ -207,7 +209,7 @@ def test_one_rank_of_two_dies_at_a_named_place(make_job: MakeJob, rng: random.Ra
 
 def test_stopped_agent_costs_snapshots_not_training(make_job: MakeJob) -> None:
     """SIGSTOP: training goes on, snapshots are skipped and counted; SIGCONT: they are taken again."""
-    job = make_job(steps=600)
+    job = make_job(steps=5000)
     job.start()
     job.wait_for("complete snapshot", lambda log: any(e.get("watermark", 0) > 2 for e in log))
     job.signal_agent(signal.SIGSTOP)
@@ -218,5 +220,5 @@ def test_stopped_agent_costs_snapshots_not_training(make_job: MakeJob) -> None:
     job.signal_agent(signal.SIGCONT)
     newest = job.log()[-1]["watermark"]
     job.wait_for("snapshots again", lambda log: log[-1].get("watermark", 0) > newest)
-    job.finish()
+    job.finish(enough=True)
     job.judge()
