@@ -17,7 +17,7 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final, Literal, Self
@@ -170,23 +170,30 @@ class Checkpointer:
         self._reported_s = -_REPORT_EVERY_S
         self._stall_s = 0.0
         self._objection = ""
-        self._set_up(_by_name(model), _by_name(optimizer), extras or {}, slots)
+        with ExitStack() as undo:
+            undo.callback(self._ranks.close)
+            self._set_up(undo, _by_name(model), _by_name(optimizer), extras or {}, slots)
+            undo.pop_all()
 
     def _set_up(
-        self, models: Mapping[str, nn.Module], optimizers: Mapping[str, Any], extras: Mapping[str, Any], slots: int
+        self,
+        undo: ExitStack,
+        models: Mapping[str, nn.Module],
+        optimizers: Mapping[str, Any],
+        extras: Mapping[str, Any],
+        slots: int,
     ) -> None:
-        """All that can fail, in two stages that every rank goes through together."""
+        """All that can fail, in stages that every rank goes through together; *undo* collects what a failure takes back."""
         wait_s = self._deadlines.attach
         self._state, image_bytes, table_bytes = together(
             self._ranks, "looking through the state", wait_s, lambda: _look_through(models, optimizers, extras)
         )
         self._copier: Copier = copier_for(self._state.survey())
+        undo.callback(self._copier.close)
         self._binder = Binder(self._state, self._ranks)
-        self._holding = together(
-            self._ranks,
-            "attaching to the agents",
-            wait_s,
-            lambda: Holding(
+
+        def attach() -> Holding:
+            holding = Holding(
                 self._settings,
                 __version__,
                 rank=self._ranks.rank,
@@ -196,8 +203,11 @@ class Checkpointer:
                 table_bytes=table_bytes,
                 timeout_s=wait_s,
                 unmapping=self._unmapping,
-            ),
-        )
+            )
+            undo.callback(holding.close, ended=False)
+            return holding
+
+        self._holding = together(self._ranks, "attaching to the agents", wait_s, attach)
         self._slot_count = slots
         self._found: list[Held] | None = self._begin_run()
         for optimizer in self._state.optimizers.values():
@@ -249,8 +259,8 @@ class Checkpointer:
             raise StateUnreachable(f"step {ticket.step} cannot become {state}: this node has {what}")
         if ticket.id is None:
             raise SnapshotSkipped(f"step {ticket.step} was not taken: {ticket.skipped}")
-        if self._flight is not None and self._flight.id == ticket.id:
-            self.fence()
+        with self._guard("fence"):
+            self._close_window()
         self._holding.wait_sealed(ticket.id, timeout_s)
 
     def restore(self) -> int | None:
@@ -268,9 +278,9 @@ class Checkpointer:
             Corrupt, PeerFailed, DeadlinePassed, RestoreDiverged: the state is partly overwritten; do not train on it.
         """
         began_s = time.perf_counter()
-        if self._found is None:  # in the middle of a run: what is held has changed since it began
-            self._settle_flight()
-            self._found = self._begin_run()
+        if self._found is None:
+            self._interrupt_run()
+        assert self._found is not None
         chosen = Restorer(self._state, self._ranks, self._deadlines.restore).newest(self._found)
         self._found = None
         self._binder.forget()
@@ -475,6 +485,19 @@ class Checkpointer:
             relayout=self._binder.begin,
         )
         return found
+
+    def _interrupt_run(self) -> None:
+        """Leave the run in the middle; what is held has changed since it began. Collective.
+
+        Ranks may have begun different numbers of beats, so they go on with a new group: on the old one, one rank's beat
+        would meet another's question.
+        """
+        with self._guard("restore"):
+            self._settle_flight()
+        self._ranks.close()
+        self._ranks = join()
+        self._binder = Binder(self._state, self._ranks)
+        self._found = self._begin_run()
 
     def _unmapping(self, slot: Slot) -> None:
         """The slot's memory goes away: let go of every view into it."""

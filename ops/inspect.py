@@ -86,13 +86,13 @@ def inspect(snapshot: str, agents: tuple[str, ...], job: str | None, as_json: bo
     newest complete snapshot, RUN/latest that of one run.
     """
     answers = ask(whom(agents, job, os.environ), holdings)
+    tell_silent(answers.silent)
     chosen = choose(snapshot, snapshots(answers.given))
     contents = _read(chosen)
     if as_json:
         print_json(_json(contents))
     else:
         _show(console(), contents)
-        tell_silent(answers.silent)
     if contents.damaged:
         images = "; ".join(
             f"{d.image.path} (rank {d.image.rank}): {len(d.bad_blocks)} of {_block_count(d.image)} blocks"

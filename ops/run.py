@@ -31,6 +31,7 @@ _FORWARDED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR
 _START_TIMEOUT_S: Final = 20.0
 _ASK_EVERY_S: Final = 1.0
 _ASK_AT_LEAST_EVERY_S: Final = 30.0  # while the agent cannot be started again
+_JOIN_S: Final = 1.0
 _NOT_FOUND: Final = 127  # as shells have it
 _NOT_EXECUTABLE: Final = 126
 
@@ -90,7 +91,7 @@ def script_of(command: Sequence[str]) -> str:
     else the program.
     """
     arguments = command[1:]
-    files = [text for text in arguments if Path(text).is_file()]
+    files = [text for text in arguments if os.path.isfile(text)]  # unlike Path.is_file, takes any text
     scripts = [text for text in (command[0], *files) if text.endswith(".py")]
     modules = [after for option, after in itertools.pairwise(arguments) if option == "-m"]
     return (scripts[:1] or modules[-1:] or files[:1] or [command[0]])[0]
@@ -119,7 +120,9 @@ def _run(command: Sequence[str]) -> int:
         elif not _sent_by_terminal(number):
             process.send_signal(number)
 
-    former = {number: signal.signal(number, forward) for number in _FORWARDED}
+    # What is ignored (nohup, a shell's background jobs) stays so, for the command too: a handler would not be inherited.
+    heard = [number for number in _FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
+    former = {number: signal.signal(number, forward) for number in heard}
     try:
         try:
             process = subprocess.Popen(command)
@@ -159,7 +162,9 @@ def _agent_kept(settings: NodeSettings) -> Iterator[None]:
     try:
         yield
     finally:
-        over.set()  # not joined: should it be starting an agent just now, that agent serves the next run
+        over.set()
+        if settings.autostart:  # should it be starting an agent just now, that agent serves the next run
+            keeper.join(_JOIN_S)
 
 
 def _keep_agent(settings: NodeSettings, over: threading.Event) -> None:

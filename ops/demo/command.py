@@ -122,8 +122,9 @@ def _plot(plan: Plan, outcome: Outcome) -> Path:
 
 @contextlib.contextmanager
 def _progress(plan: Plan, *, quiet: bool) -> Iterator[Watch]:
-    """A live line per run on the terminal; nothing if *quiet*."""
+    """A live line per run on the terminal; only the seed, on standard error, if *quiet*."""
     if quiet:
+        click.echo(f"seed {plan.seed}", err=True)  # now, as a run that fails prints no report
         yield lambda _run, _progress, _kills: None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn

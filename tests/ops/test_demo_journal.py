@@ -93,12 +93,14 @@ def test_a_process_announces_who_it_is(tmp_path: Path) -> None:
 @contextlib.contextmanager
 def sleeper(*names: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process that does nothing, with *names* on its command line."""
-    process = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()", *names])
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
+    code = "import signal; print(flush=True); signal.pause()"
+    with subprocess.Popen([sys.executable, "-c", code, *names], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()  # from here on its command line is that of the new program
+            yield process
+        finally:
+            process.kill()
 
 
 def announce_other(folder: Path, rank: int, process: subprocess.Popen[bytes], *, life: int, ticks_off: int = 0) -> None:

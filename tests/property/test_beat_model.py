@@ -1,0 +1,803 @@
+"""Ranks, beats, slots and agents under one random schedule: whatever dies at whatever instant, a complete snapshot is left.
+
+Real here: ``Pulse`` and ``snapshot.beat``, ``snapshot.slots``, ``agent.protocol``, ``snapshot.recovery``. Modelled: shared
+memory (``Cell``), the agent's driver (``Agent``), ``hooks.holding`` (``Holding``), the copying thread (``Copier``), what
+``hooks.checkpointer`` does with them all (``Rank``), and the network (``Network``), which tells each rank of a beat when
+the schedule says so, in order.
+
+A schedule is a list of events ``(name, rank)``; an event that cannot happen where it stands does nothing, so any part of
+a schedule is one too, and a failing one is cut down before it is shown. After every event all of ``World.check`` holds.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import pytest
+from holdfast.agent import protocol
+from holdfast.hooks.pulse import Pulse, Standing
+from holdfast.hooks.ranks import Pending, Ranks
+from holdfast.snapshot.beat import NONE, VECTOR_LENGTH, Agreed
+from holdfast.snapshot.record import SnapshotId, opening_mark
+from holdfast.snapshot.recovery import Held, plan
+from holdfast.snapshot.slots import Event, SlotState, Stage, find, overwritable
+
+Schedule = list[tuple[str, int]]
+
+# -- shared memory and the agent -----------------------------------------------------------------------------------------
+
+
+class Page(NamedTuple):
+    """A slot's record, as far as it matters here."""
+
+    id: SnapshotId
+    watermark: int
+    nonce: int
+
+
+class Truth(NamedTuple):
+    """Whose bytes an image has: nobody can read that in shared memory, and no sealed image may differ from it."""
+
+    id: SnapshotId
+    real_step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One slot in shared memory. ``content`` is None while the image is partial, torn or mixed."""
+
+    word: int = 0
+    page: Page | None = None
+    content: Truth | None = None
+
+    @property
+    def sealed(self) -> Page | None:
+        return self.page if self.page is not None and self.page.nonce == self.word else None
+
+
+@dataclass(frozen=True, slots=True)
+class Grow:
+    """Trainer to agent: replace this slot by a larger one."""
+
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Grown:
+    """Agent to trainer: done."""
+
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Agent to trainer: cannot be sealed."""
+
+    slot: int
+    step: int
+
+
+ToAgent = protocol.Event | Grow
+ToTrainer = protocol.TellPrepared | Grown | Failed
+
+
+@dataclass(slots=True)
+class Agent:
+    """One rank's agent: the real protocol; its actions done on cells. ``work`` is being checksummed."""
+
+    cells: list[Cell]
+    nonce: int
+    session: protocol.Session = field(default_factory=protocol.Session)
+    work: list[protocol.Checksum] = field(default_factory=list)
+    told: deque[ToTrainer] = field(default_factory=deque)
+
+    def hear(self, event: ToAgent) -> None:
+        if isinstance(event, Grow):
+            self.cells[event.slot] = Cell()
+            self.told.append(Grown(event.slot))
+            return
+        self.session, actions = protocol.advance(self.session, event)
+        for action in actions:
+            self._perform(action)
+
+    def _perform(self, action: protocol.Action) -> None:
+        match action:
+            case protocol.Checksum():
+                self.work.append(action)
+            case protocol.TellPrepared():
+                self.told.append(action)
+            case protocol.WriteRecord(slot, id, _, watermark, nonce):
+                self.cells[slot] = replace(self.cells[slot], page=Page(id, watermark, nonce))
+            case protocol.Commit(slot, step, nonce):
+                if self.cells[slot].word == opening_mark(step):
+                    self.cells[slot] = replace(self.cells[slot], word=nonce)
+
+    def checksum(self) -> None:
+        """One image is through."""
+        if self.work:
+            done = self.work.pop(0)
+            self.nonce += 1
+            self.hear(protocol.Checksummed(done.slot, done.id, self.nonce))
+
+    def fail(self) -> None:
+        """One image cannot be sealed, as ``service._checksum`` treats it."""
+        if self.work:
+            done = self.work.pop(0)
+            self.hear(protocol.Discarded(done.slot, done.id.step))
+            self.told.append(Failed(done.slot, done.id.step))
+
+    def end(self, heard: Iterable[ToAgent]) -> list[Cell]:
+        """The cells after the trainer's death, if the agent still hears *heard*. This agent itself is left alone."""
+        last = Agent(list(self.cells), self.nonce, self.session, list(self.work))
+        for event in heard:
+            last.hear(event)
+        if last.session.alive:
+            last.hear(protocol.TrainerLost())
+        while last.work:
+            last.checksum()
+        return last.cells
+
+
+# -- the trainer ---------------------------------------------------------------------------------------------------------
+
+
+class Network:
+    """Collectives: the i-th of each rank are one, over when all have begun it; a rank learns of that in its own time."""
+
+    def __init__(self, world: int) -> None:
+        self.begun: list[list[list[int]]] = [[] for _ in range(world)]
+        self.delivered = [0] * world
+
+    @property
+    def over(self) -> int:
+        return min(map(len, self.begun))
+
+    def deliver(self, rank: int) -> None:
+        self.delivered[rank] = min(self.delivered[rank] + 1, self.over)
+
+    def answer(self, number: int) -> list[list[int]]:
+        vectors = [begun[number] for begun in self.begun]
+        assert len({len(vector) for vector in vectors}) == 1, "ranks met in different collectives"
+        return [[min(column) for column in zip(*vectors, strict=True)]]
+
+
+class Line(Ranks):
+    """One rank's end of the network. ``settled`` counts the beats whose answers it has been given."""
+
+    def __init__(self, network: Network, rank: int) -> None:
+        self.rank, self.world = rank, len(network.begun)
+        self.network = network
+        self.settled = 0
+
+    def gather(self, payload: bytes, what: str, timeout_s: float) -> list[bytes]:
+        raise NotImplementedError
+
+    def reduce_min(self, vector: Sequence[int]) -> Pending:
+        assert len(vector) == VECTOR_LENGTH
+        return self._begin(list(vector))
+
+    def exchange(self, vector: Sequence[int]) -> Pending:
+        return self._begin([*vector, 0])  # another length than a beat's
+
+    def _begin(self, vector: list[int]) -> Pending:
+        begun = self.network.begun[self.rank]
+        begun.append(vector)
+        return Late(self, len(begun) - 1, is_beat=len(vector) == VECTOR_LENGTH)
+
+    @property
+    def waits(self) -> bool:
+        """Whether what this rank began last is not over yet."""
+        return len(self.network.begun[self.rank]) > self.network.over
+
+
+class Late(Pending):
+    """An answer that is there once it was delivered. A patient wait lets it be delivered, if all have begun."""
+
+    def __init__(self, line: Line, number: int, *, is_beat: bool) -> None:
+        self._line, self._number, self._is_beat = line, number, is_beat
+
+    def result(self, timeout_s: float) -> list[list[int]] | None:
+        network, rank = self._line.network, self._line.rank
+        if timeout_s > 0 and network.over > self._number:
+            network.delivered[rank] = max(network.delivered[rank], self._number + 1)
+        if network.delivered[rank] <= self._number:
+            return None
+        self._line.settled += self._is_beat
+        return network.answer(self._number)
+
+
+@dataclass(slots=True)
+class Flight:
+    """A copy and its window. ``touched``: what is copied was changed since the copy began."""
+
+    truth: Truth
+    slot: int
+    touched: bool = False
+    landed: bool = False
+
+
+class Holding:
+    """As ``hooks.holding``, method by method, without threads."""
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent: Agent | None = agent
+        self.cells = agent.cells
+        self.sent: deque[ToAgent] = deque()
+        self.attached = True
+        self.fits = [True] * len(agent.cells)
+        self.flights: dict[int, list[protocol.Event]] = {}
+        self.nonces: dict[int, int] = {}
+        self.states: list[SlotState] = []
+        for index, cell in enumerate(self.cells):
+            self.states.append(SlotState(Stage.SEALED, cell.sealed.id) if cell.sealed else SlotState())
+            if not cell.sealed:
+                self.store(index, 0)
+
+    def objection(self) -> str | None:
+        if not self.attached:
+            return "agent-away"
+        return None if overwritable(self.states, max(self.sealed(), default=None)) is not None else "slots-busy"
+
+    def open(self, id: SnapshotId, keep: SnapshotId | None) -> int | None:
+        index = overwritable(self.states, keep)
+        if index is None or not self.attached:
+            return None
+        if not self.fits[index]:
+            self.store(index, 0)
+            self.states[index] = self.states[index].after(Event.OUTGROWN)
+            self.sent.append(Grow(index))
+            return None
+        self.cells[index] = replace(self.cells[index], word=opening_mark(id.step), content=None)
+        self.states[index] = self.states[index].after(Event.OPEN, id)
+        self.nonces.pop(index, None)
+        self.flights[index] = []
+        watermark = keep.step if keep is not None and keep.run == id.run else NONE
+        self._tell(index, protocol.Opened(index, id, watermark))
+        return index
+
+    def copied(self, id: SnapshotId) -> None:
+        if (index := find(self.states, id)) is not None:
+            self._tell(index, protocol.Copied(index, id.step, 1, 1))
+
+    def fenced(self, id: SnapshotId) -> None:
+        if (index := find(self.states, id)) is not None:
+            self.states[index] = self.states[index].after(Event.FENCED)
+            self._commit_if_due(index)
+            self._tell(index, protocol.Fenced(index, id.step))
+
+    def discard(self, id: SnapshotId) -> None:
+        if (index := find(self.states, id)) is not None:
+            self.store(index, 0)
+            self.states[index] = self.states[index].after(Event.DISCARDED)
+            self.flights.pop(index, None)
+            self._send(protocol.Discarded(index, id.step))
+
+    def sealed(self) -> list[SnapshotId]:
+        return [s.id for s in self.states if s.stage is Stage.SEALED and s.id is not None]
+
+    def hear(self, message: ToTrainer) -> None:
+        state = self.states[message.slot]
+        match message:
+            case Grown(slot):
+                self.states[slot], self.fits[slot] = state.after(Event.DISCARDED), True
+            case Failed(_, step) if state.id is not None and state.id.step == step:
+                self.discard(state.id)
+            case protocol.TellPrepared(slot, step, nonce):
+                if state.id and state.id.step == step and state.stage in (Stage.COPYING, Stage.CLEAN):
+                    self.nonces[slot] = nonce
+                    self.states[slot] = state.after(Event.PREPARED)
+                    self._commit_if_due(slot)
+
+    def lose(self) -> None:
+        """The stream breaks, and what was under way in it is lost."""
+        self.attached = False
+        self.sent.clear()
+
+    def reattach(self, agent: Agent) -> None:
+        self.agent, self.attached = agent, True
+        for index, state in enumerate(self.states):
+            if state.stage is Stage.GROWING:
+                self.states[index], self.fits[index] = state.after(Event.DISCARDED), True
+            elif state.stage in (Stage.COPYING, Stage.CLEAN):
+                self.sent.extend(self.flights[index])
+
+    def store(self, index: int, word: int) -> None:
+        self.cells[index] = replace(self.cells[index], word=word)
+
+    def _commit_if_due(self, index: int) -> None:
+        if self.states[index].stage is Stage.SEALED:
+            self.store(index, self.nonces.pop(index))
+
+    def _send(self, event: protocol.Event) -> None:
+        if self.attached:
+            self.sent.append(event)
+
+    def _tell(self, index: int, event: protocol.Event) -> None:
+        self.flights[index].append(event)
+        self._send(event)
+
+
+class Copier:
+    """As ``capture.CpuCopier``: one copy after the other; each lands, and then says so."""
+
+    def __init__(self, holding: Holding) -> None:
+        self.holding = holding
+        self.copies: deque[Flight] = deque()
+
+    @property
+    def busy(self) -> bool:
+        return any(not copy.landed for copy in self.copies)
+
+    def land(self) -> None:
+        if self.copies and not self.copies[0].landed:
+            copy = self.copies[0]
+            copy.landed = True
+            cell = self.holding.cells[copy.slot]
+            exact = not copy.touched and cell.word == opening_mark(copy.truth.id.step)
+            self.holding.cells[copy.slot] = replace(cell, content=copy.truth if exact else None)
+
+    def tell(self) -> None:
+        if self.copies and self.copies[0].landed:
+            self.holding.copied(self.copies.popleft().truth.id)
+
+    def finish(self) -> None:
+        while self.busy:
+            self.tell()
+            self.land()
+
+
+class Rank:
+    """As ``hooks.checkpointer.Checkpointer``. ``step`` is the one running; ``name_shift`` what the user misnames it by."""
+
+    def __init__(self, network: Network, number: int, agent: Agent, run: tuple[int, str], restored: SnapshotId | None):
+        self.number = number
+        self.line = Line(network, number)
+        self.holding = Holding(agent)
+        if restored is not None:
+            for newer in [id for id in self.holding.sealed() if id > restored]:
+                self.holding.discard(newer)
+        self.copier = Copier(self.holding)
+        self.generation, self.run = run
+        self.restored = restored
+        self.floor = restored or max(self.holding.sealed(), default=None)
+        self.step = restored.step + 1 if restored else 1
+        self.name_shift = 0
+        self.flight: Flight | None = None
+        self.fenced = False
+        self.asked_at = 0  # the step in which the last beat was begun
+        self.able = self.well = True
+        self.fails_at = ""  # the stage of the next snapshot's beginning that raises
+        self.stale_layout = False
+        self.exchange: Pending | None = None
+        self.taken: list[int] = []
+        self.reasons: Counter[str | None] = Counter()
+        self.pulse = Pulse(
+            self.line,
+            len(agent.cells),
+            Agreed(watermark=restored.step if restored else NONE),
+            dropped=self.dropped,
+            relayout=self.relayout,
+        )
+
+    # -- the checkpointer's methods --
+
+    def fence(self, *, stuck: bool = False) -> None:
+        self.close_window(stuck=stuck)
+        self.fenced = True
+        self._guard(self._start)
+
+    def end(self, *, patient: bool, wanted: bool) -> None:
+        self.close_window()
+        name = self.step + self.name_shift
+        self.step, self.fenced = self.step + 1, False
+        self._guard(lambda: self._harvest(name, patient=patient, wanted=wanted))
+
+    def _start(self) -> None:
+        begun = len(self.line.network.begun[self.number])
+        try:
+            self.pulse.start(self.standing)
+        finally:
+            if len(self.line.network.begun[self.number]) > begun:
+                self.asked_at = self.step
+
+    def _harvest(self, name: int, *, patient: bool, wanted: bool) -> None:
+        verdict = self.pulse.harvest(name, wanted, self.standing, 1.0 if patient else 0.0)
+        self.reasons[verdict.reason] += 1
+        if verdict.take:
+            self.take(self.id(name))
+
+    def _guard(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except RuntimeError:
+            self.reasons["error"] += 1
+
+    def close_window(self, *, stuck: bool = False) -> None:
+        flight, self.flight = self.flight, None
+        if flight is None:
+            return
+        if stuck and self.copier.busy:  # the fence's deadline passes
+            self.give_up(flight.truth.id)
+            return
+        self.copier.finish()
+        if flight.touched:
+            self.give_up(flight.truth.id)
+            return
+        self.holding.fenced(flight.truth.id)
+
+    def take(self, id: SnapshotId) -> None:
+        fails_at, self.fails_at = self.fails_at, ""
+        slot = None
+        if self.layout_is_current() and fails_at != "open":
+            slot = self.holding.open(id, self.keep())
+        if slot is None or fails_at == "start":
+            self.give_up(id)
+            return
+        self.flight = Flight(Truth(id, id.step - self.name_shift), slot)
+        self.copier.copies.append(self.flight)
+        self.taken.append(id.step)
+
+    def give_up(self, id: SnapshotId) -> None:
+        self.holding.discard(id)
+        self.pulse.give_up(id.step)
+
+    def dropped(self, step: int) -> None:
+        if self.flight is not None and self.flight.truth.id.step == step:
+            self.flight = None
+        self.holding.discard(self.id(step))
+
+    def standing(self) -> Standing:
+        if not self.well:
+            raise RuntimeError("the state cannot be surveyed")
+        current = self.layout_is_current()
+        objects = self.copier.busy or self.exchange is not None or self.holding.objection() is not None
+        sealed = frozenset(id.step for id in self.holding.sealed() if id.run == self.run)
+        return Standing(sealed, self.able and not objects, self.exchange is None and not current, 0)
+
+    def id(self, step: int) -> SnapshotId:
+        return SnapshotId(self.generation, step, self.run)
+
+    def keep(self) -> SnapshotId | None:
+        started_from = self.restored.step if self.restored else NONE
+        return self.floor if self.pulse.agreed.watermark == started_from else self.id(self.pulse.agreed.watermark)
+
+    # -- the binder's --
+
+    def relayout(self) -> None:
+        self.stale_layout = False
+        self.exchange = self.line.exchange([0] * VECTOR_LENGTH)
+
+    def layout_is_current(self) -> bool:
+        if self.exchange is not None and self.exchange.result(0.0) is not None:
+            self.exchange = None
+        return self.exchange is None and not self.stale_layout
+
+
+# -- the world -----------------------------------------------------------------------------------------------------------
+
+
+class World:
+    """All ranks of a job, over as many runs as the schedule makes of it.
+
+    Attributes:
+        best: the newest snapshot that a restore would have found after the last event.
+        agreed: what was agreed after so many beats, by the first rank that settled them.
+        counts: events that did something; watermarks reached; restores.
+    """
+
+    def __init__(self, ranks: int, slots: int, *, skew: int = 0, every: int = 1) -> None:
+        self.skew, self.every = skew, every
+        self.best: SnapshotId | None = None
+        self.counts: Counter[str] = Counter()
+        self.run_number = 0
+        self.misnamed = False
+        self._begin([[Cell()] * slots for _ in range(ranks)])
+
+    def _begin(self, cells: list[list[Cell]]) -> None:
+        """A run begins, as ``Checkpointer.restore`` does it."""
+        found = inventory(cells)
+        chosen = plan(found, len(cells)).chosen
+        assert self.best is None or (chosen is not None and chosen >= self.best)
+        self.run_number += 1
+        run = (1 + max((held.id.generation for held in found), default=0), f"{self.run_number:032x}")
+        self.network = Network(len(cells))
+        self.agreed: dict[int, Agreed] = {}
+        self.ranks = [
+            Rank(self.network, number, Agent(own, (number + 1) << 50 | self.run_number << 40), run, chosen)
+            for number, own in enumerate(cells)
+        ]
+
+    def happen(self, event: str, number: int) -> None:
+        """Let one event happen, if it can, and check everything."""
+        rank = self.ranks[number % len(self.ranks)]
+        getattr(self, f"on_{event}")(rank)
+        self.check()
+
+    def play(self, schedule: Schedule) -> None:
+        for event, number in schedule:
+            self.happen(event, number)
+
+    # -- events of the training loop --
+
+    def on_fence(self, rank: Rank) -> None:
+        if not rank.fenced:
+            rank.fence()
+
+    def on_fence_again(self, rank: Rank) -> None:
+        rank.fence()
+
+    def on_end(self, rank: Rank) -> None:
+        """The step ends as it should: fenced, and having waited for the beat that was begun in it."""
+        self.on_fence(rank)
+        if not (rank.asked_at == rank.step and rank.line.waits):
+            self._end(rank, patient=True)
+
+    def on_end_late(self, rank: Rank) -> None:
+        self._end(rank, patient=False)
+
+    def on_end_unfenced(self, rank: Rank) -> None:
+        if not rank.fenced:
+            self._end(rank, patient=True)
+
+    def _end(self, rank: Rank, *, patient: bool) -> None:
+        if rank.step <= min(r.step for r in self.ranks) + self.skew:
+            rank.end(patient=patient, wanted=rank.step % self.every == 0)
+
+    def on_deliver(self, rank: Rank) -> None:
+        self.network.deliver(rank.number)
+
+    def on_land(self, rank: Rank) -> None:
+        rank.copier.land()
+
+    def on_tell(self, rank: Rank) -> None:
+        rank.copier.tell()
+
+    def on_agent(self, rank: Rank) -> None:
+        if rank.holding.sent and rank.holding.agent is not None:
+            rank.holding.agent.hear(rank.holding.sent.popleft())
+
+    def on_checksum(self, rank: Rank) -> None:
+        if rank.holding.agent is not None:
+            rank.holding.agent.checksum()
+
+    def on_trainer(self, rank: Rank) -> None:
+        if rank.holding.attached and rank.holding.agent is not None and rank.holding.agent.told:
+            rank.holding.hear(rank.holding.agent.told.popleft())
+
+    def on_seal(self, rank: Rank) -> None:
+        """Copy, agent and trainer do all that there is to do."""
+        holding = rank.holding
+        while rank.copier.copies:
+            rank.copier.land()
+            rank.copier.tell()
+        while holding.agent is not None and (holding.sent or holding.agent.work or self._hears(holding)):
+            self.on_agent(rank)
+            self.on_checksum(rank)
+            self.on_trainer(rank)
+
+    @staticmethod
+    def _hears(holding: Holding) -> bool:
+        return holding.attached and holding.agent is not None and bool(holding.agent.told)
+
+    def on_round(self, _: Rank) -> None:
+        """One whole step on all ranks, with everything in time; ranks that lag are waited for."""
+        for rank in self.ranks:
+            self.on_fence(rank)
+        for rank in self.ranks:
+            self.on_end(rank)
+            self.on_seal(rank)
+
+    # -- faults --
+
+    def on_touch(self, rank: Rank) -> None:
+        if rank.flight is not None:
+            rank.flight.touched = True
+
+    def on_fence_stuck(self, rank: Rank) -> None:
+        rank.fence(stuck=True)
+
+    def on_open_fails(self, rank: Rank) -> None:
+        rank.fails_at = "open"
+
+    def on_start_fails(self, rank: Rank) -> None:
+        rank.fails_at = "start"
+
+    def on_unable(self, rank: Rank) -> None:
+        rank.able = not rank.able
+
+    def on_outgrow(self, rank: Rank) -> None:
+        rank.holding.fits = [False] * len(rank.holding.fits)
+
+    def on_relayout(self, rank: Rank) -> None:
+        rank.stale_layout = True
+
+    def on_kill_agent(self, rank: Rank) -> None:
+        rank.holding.agent = None
+        rank.holding.lose()
+
+    def on_break_stream(self, rank: Rank) -> None:
+        """Trainer and agent live; the stream between them does not."""
+        if rank.holding.attached and rank.holding.agent is not None:
+            rank.holding.lose()
+            rank.holding.agent.hear(protocol.TrainerLost())
+
+    def on_reattach(self, rank: Rank) -> None:
+        holding = rank.holding
+        if holding.attached or (holding.agent is not None and not holding.agent.session.settled):
+            return
+        self.run_number += 1  # for fresh nonces
+        holding.reattach(Agent(holding.cells, (rank.number + 1) << 50 | self.run_number << 40))
+
+    def on_crash(self, _: Rank) -> None:
+        """Everything is killed and started again."""
+        self._begin([rank.holding.cells for rank in self.ranks])
+        self.counts["restores"] += 1
+
+    def on_trainers_die(self, rank: Rank) -> None:
+        """All trainers are killed and started again; agents live. *rank*'s agent does not hear what was under way."""
+        self._begin([r.holding.agent.end(() if r is rank else r.holding.sent) if r.holding.agent else r.holding.cells
+                     for r in self.ranks])  # fmt: skip
+        self.counts["restores"] += 1
+
+    def on_unwell(self, rank: Rank) -> None:
+        rank.well = not rank.well
+
+    def on_agent_fails(self, rank: Rank) -> None:
+        if rank.holding.agent is not None:
+            rank.holding.agent.fail()
+
+    def on_misname(self, rank: Rank) -> None:
+        """From here on the user gives this rank's steps wrong names."""
+        self.misnamed = True
+        rank.name_shift += 1
+
+    # -- what must hold --
+
+    def check(self) -> None:
+        self._check_memory()
+        self._check_agreement()
+        known = max((rank.keep() for rank in self.ranks if rank.pulse.agreed.watermark != NONE), default=None)
+        as_it_is = [rank.holding.cells for rank in self.ranks]
+        self._check_restorable(as_it_is, known)
+        for heard in (True, False):
+            cells = [self._after_trainer(rank, heard=heard) for rank in self.ranks]
+            if cells != as_it_is:
+                self._check_restorable(cells, known)
+        self._note_best(plan(inventory(as_it_is), len(self.ranks)).chosen)
+
+    def _note_best(self, best: SnapshotId | None) -> None:
+        """What was complete once is given up for something newer only."""
+        if not self.misnamed:
+            assert self.best is None or (best is not None and best >= self.best), f"{self.best} is lost, {best} is left"
+        self.best = best
+
+    def _after_trainer(self, rank: Rank, *, heard: bool) -> list[Cell]:
+        holding = rank.holding
+        return holding.agent.end(holding.sent if heard else ()) if holding.agent is not None else holding.cells
+
+    def _check_memory(self) -> None:
+        """What a trainer takes for sealed is; what is sealed is the exact copy of what it says it is."""
+        for rank in self.ranks:
+            for cell, state in zip(rank.holding.cells, rank.holding.states, strict=True):
+                if state.stage is Stage.SEALED:
+                    assert cell.sealed is not None, f"rank {rank.number}: {state.id} is not sealed in memory"
+                    assert cell.sealed.id == state.id
+
+    def _check_agreement(self) -> None:
+        for rank in self.ranks:
+            agreed = rank.pulse.agreed
+            after = self.agreed.setdefault(rank.line.settled, agreed)
+            assert self.misnamed or agreed == after, f"after {rank.line.settled} beats: {after}, {agreed}"
+
+    def _check_restorable(self, cells: list[list[Cell]], known: SnapshotId | None) -> None:
+        """A restore after a kill at this instant finds one exact, complete step, none older than is *known* complete."""
+        for own in cells:
+            for cell in own:
+                assert cell.sealed is None or (cell.content is not None and cell.content.id == cell.sealed.id), "torn"
+        found = plan(inventory(cells), len(cells))
+        assert found.loss is None, found.explain()
+        if known is not None:
+            assert found.chosen is not None, f"{known} is known complete, nothing is left"
+            assert found.chosen >= known, f"{known} is known complete, {found.chosen} is left"
+        if found.chosen is not None:
+            real = {c.content.real_step for own in cells for c in own if c.sealed and c.sealed.id == found.chosen and c.content}
+            assert len(real) == 1, f"{found.chosen} mixes steps {real}"
+
+
+def inventory(cells: list[list[Cell]]) -> list[Held]:
+    """What the agents would report of such memory."""
+    return [
+        Held(cell.sealed.id, rank, len(cells), cell.sealed.watermark, "agent", f"{rank}/{index}", 1)
+        for rank, own in enumerate(cells)
+        for index, cell in enumerate(own)
+        if cell.sealed is not None
+    ]
+
+
+def calm(world: World, rounds: int) -> list[int]:
+    """No more faults from here on: *rounds* steps in which everything is in time. Returns the watermark after each."""
+    for rank in world.ranks:
+        rank.able = rank.well = True
+        rank.fails_at = ""
+        world.happen("seal", rank.number)
+        world.happen("reattach", rank.number)
+        world.happen("seal", rank.number)
+    last = max(rank.step for rank in world.ranks)
+    while any(rank.step < last for rank in world.ranks):  # those behind catch up; those ahead wait in training itself
+        behind = min(world.ranks, key=lambda rank: rank.step)
+        world.happen("end_late", behind.number)
+    watermarks = []
+    for _ in range(rounds):
+        for event in ("fence", "deliver", "deliver", "end", "seal"):
+            for rank in world.ranks:
+                world.happen(event, rank.number)
+        for rank in world.ranks:  # whom a beat kept waiting that somebody could not join
+            if rank.step == min(r.step for r in world.ranks) != max(r.step for r in world.ranks):
+                world.happen("end_late", rank.number)
+        watermarks.append(min(rank.pulse.agreed.watermark for rank in world.ranks))
+    return watermarks
+
+
+# -- schedules -----------------------------------------------------------------------------------------------------------
+
+# How often each event is drawn.
+TRAINING: dict[str, float] = {
+    "fence": 10, "end": 12, "end_late": 0.4, "end_unfenced": 0.4, "fence_again": 0.5, "round": 1.5,
+    "deliver": 6, "land": 8, "tell": 8, "agent": 12, "checksum": 8, "trainer": 8, "seal": 1,
+}  # fmt: skip
+FAULTS: dict[str, float] = {
+    "touch": 0.4, "fence_stuck": 0.2, "open_fails": 0.2, "start_fails": 0.2, "unable": 0.4, "outgrow": 0.1,
+    "relayout": 0.2, "kill_agent": 0.2, "reattach": 2, "crash": 0.15, "trainers_die": 0.15,
+}  # fmt: skip
+
+
+def schedule(seed: int, length: int, ranks: int, weights: dict[str, float]) -> Schedule:
+    rng = random.Random(seed)
+    events = rng.choices(list(weights), list(weights.values()), k=length)
+    return [(event, rng.randrange(ranks)) for event in events]
+
+
+def cut_down(events: Schedule, fails: Callable[[Schedule], bool]) -> Schedule:
+    """A schedule that still fails, and of which no event can be left out."""
+    size = len(events) // 2
+    while size:
+        start = 0
+        while start < len(events):
+            shorter = events[:start] + events[start + size :]
+            if fails(shorter):
+                events = shorter
+            else:
+                start += size
+        size //= 2
+    return events
+
+
+def run(make: Callable[[], World], events: Schedule, then: Callable[[World], object] = lambda world: None) -> World:
+    """Play *events* in a new world, and *then* what has to hold of it; a failure shows the schedule, cut down."""
+
+    def attempt(part: Schedule) -> World:
+        world = make()
+        world.play(part)
+        then(world)
+        return world
+
+    def fails(part: Schedule) -> bool:
+        try:
+            attempt(part)
+        except AssertionError:
+            return True
+        return False
+
+    try:
+        return attempt(events)
+    except AssertionError:
+        short = cut_down(events, fails)
+    try:
+        attempt(short)
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n  after {short}") from error
+    raise AssertionError("not deterministic")
