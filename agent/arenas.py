@@ -46,6 +46,7 @@ class ImageReading:
     slice_crcs: list[int]
     values_crc: int
     bad_blocks: list[int]
+    block_bytes: int
 
 
 class Arenas:
@@ -233,14 +234,22 @@ class Arenas:
         return Held(r.id, r.rank, r.world, r.watermark, self._agent, slot.place.path, r.image_bytes)
 
     def _reading(self, slot: Slot, record: Record) -> ImageReading:
-        checks, text = slot.read_tables(record)
-        layout = Layout.from_text(text)
-        found = slot.checksums(record.image_bytes, record.block_bytes, self._pool)
-        image = slot.image[: record.image_bytes]
-        return ImageReading(
-            self._held(slot, record),
-            layout,
-            [crc32c(image[item.offset : item.end]) for item in layout.placed],
-            crc32c(image[layout.values_offset :]),
-            [int(i) for i in np.flatnonzero(found != checks)],
-        )
+        """Read one image. The trainer may overwrite it meanwhile: then what was read says nothing about it."""
+        try:
+            checks, text = slot.read_tables(record)
+            layout = Layout.from_text(text)
+            found = slot.checksums(record.image_bytes, record.block_bytes, self._pool)
+            image = slot.image[: record.image_bytes]
+            return ImageReading(
+                self._held(slot, record),
+                layout,
+                [crc32c(image[item.offset : item.end]) for item in layout.placed],
+                crc32c(image[layout.values_offset :]),
+                [int(i) for i in np.flatnonzero(found != checks)],
+                record.block_bytes,
+            )
+        finally:
+            if slot.sealed_record() != record:
+                raise SnapshotUnknown(
+                    f"{record.id} of rank {record.rank} was overwritten while it was read; list again"
+                )

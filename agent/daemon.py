@@ -92,6 +92,7 @@ async def _serve(settings: NodeSettings, options: DaemonOptions, version: str, l
     await service.quiesce()
     if removing:
         arenas.remove()
+        _leave(settings)
     arenas.close()
     _log.info("agent %s ends", options.name)
 
@@ -111,6 +112,14 @@ async def _until_done(service: AgentService, options: DaemonOptions) -> bool:
             _log.info("nobody has been attached for %.0f s; giving the memory back", service.idle_s)
             return True
     return False
+
+
+def _leave(settings: NodeSettings) -> None:
+    """Remove what is ours from the folder, and the folder if nothing else is in it."""
+    for name in ("agent.pid", "agent.sock", "agent.log", "agent.lock", "launch.lock"):
+        (settings.shm / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        settings.shm.rmdir()
 
 
 def _say_ready(settings: NodeSettings, options: DaemonOptions, service: AgentService) -> None:

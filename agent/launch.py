@@ -27,13 +27,21 @@ def ensure_agent(settings: NodeSettings, timeout_s: float = 20.0) -> None:
     """
     if _answers(settings):
         return
-    if not settings.autostart:
-        raise AgentUnreachable(f"no agent answers at {settings.socket} (HOLDFAST_AGENT); start it: holdfast agent")
-    prepare_folder(settings.shm)
     deadline_s = time.monotonic() + timeout_s
+    if not settings.autostart:
+        _await_managed(settings, deadline_s)
+        return
     with _launch_lock(settings, deadline_s):
         if not _answers(settings):  # whoever held the lock before us may have started it
             _start(settings, deadline_s)
+
+
+def _await_managed(settings: NodeSettings, deadline_s: float) -> None:
+    """Wait for whoever manages the agent to start it (again)."""
+    while not _answers(settings):
+        if time.monotonic() > deadline_s:
+            raise AgentUnreachable(f"no agent answers at {settings.socket} (HOLDFAST_AGENT); start it: holdfast agent")
+        time.sleep(_POLL_S)
 
 
 def _answers(settings: NodeSettings) -> bool:
@@ -48,7 +56,7 @@ def _answers(settings: NodeSettings) -> bool:
 def _start(settings: NodeSettings, deadline_s: float) -> None:
     """Start a detached agent; its parent exits once it is ready, so nothing is left for us to reap."""
     command = [
-        sys.executable, "-m", __package__.partition(".")[0], "agent", "--detach", "--job", settings.job,
+        sys.executable, "-P", "-m", __package__.partition(".")[0], "agent", "--detach", "--job", settings.job,
         "--shm", str(settings.shm), "--socket", str(settings.socket),
     ]  # fmt: skip
     try:
@@ -65,6 +73,7 @@ def _start(settings: NodeSettings, deadline_s: float) -> None:
 
 @contextlib.contextmanager
 def _launch_lock(settings: NodeSettings, deadline_s: float) -> Iterator[None]:
+    prepare_folder(settings.shm)
     with (settings.shm / "launch.lock").open("a") as lock:
         while True:
             try:

@@ -249,6 +249,7 @@ class AgentService:
                     slice_crc=reading.slice_crcs,
                     values_crc=reading.values_crc,
                     bad_blocks=reading.bad_blocks,
+                    block_bytes=reading.block_bytes,
                 )
                 for reading in readings
             ]
@@ -279,7 +280,7 @@ class AgentService:
                 for rank, t in sorted(self._trainers.items())
             ],
             slots=[self._slot_status(*entry) for entry in self._arenas.places()],
-            foreign=self._arenas.foreign,
+            foreign=[os.fsencode(name).decode("utf-8", "replace") for name in self._arenas.foreign],
             idle_s=self.idle_s,
         )
 

@@ -250,18 +250,20 @@ class Inspection(_message.Message):
     def __init__(self, images: _Optional[_Iterable[_Union[ImageDetail, _Mapping]]] = ...) -> None: ...
 
 class ImageDetail(_message.Message):
-    __slots__ = ("image", "layout", "slice_crc", "values_crc", "bad_blocks")
+    __slots__ = ("image", "layout", "slice_crc", "values_crc", "bad_blocks", "block_bytes")
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     SLICE_CRC_FIELD_NUMBER: _ClassVar[int]
     VALUES_CRC_FIELD_NUMBER: _ClassVar[int]
     BAD_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
     image: Image
     layout: bytes
     slice_crc: _containers.RepeatedScalarFieldContainer[int]
     values_crc: int
     bad_blocks: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, image: _Optional[_Union[Image, _Mapping]] = ..., layout: _Optional[bytes] = ..., slice_crc: _Optional[_Iterable[int]] = ..., values_crc: _Optional[int] = ..., bad_blocks: _Optional[_Iterable[int]] = ...) -> None: ...
+    block_bytes: int
+    def __init__(self, image: _Optional[_Union[Image, _Mapping]] = ..., layout: _Optional[bytes] = ..., slice_crc: _Optional[_Iterable[int]] = ..., values_crc: _Optional[int] = ..., bad_blocks: _Optional[_Iterable[int]] = ..., block_bytes: _Optional[int] = ...) -> None: ...
 
 class StatusReport(_message.Message):
     __slots__ = ("agent", "version", "job", "pid", "uptime_s", "shm", "listen", "alone", "reserved_bytes", "limit_bytes", "trainers", "slots", "foreign", "idle_s")

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from ..agent import wire_pb2 as wire
-from ..erasure.kernel import BLOCK_BYTES
 from ..errors import ConfigError, Corrupt, SnapshotUnknown
 from ..snapshot.layout import Layout
 from .answers import (
@@ -170,11 +169,12 @@ def _values_of(detail: wire.ImageDetail) -> Part:
 
 def _damaged(detail: wire.ImageDetail, start: int, end: int) -> bool:
     """Whether a damaged block touches the bytes ``[start, end)`` of the image."""
-    return any(start < (block + 1) * BLOCK_BYTES and block * BLOCK_BYTES < end for block in detail.bad_blocks)
+    size = detail.block_bytes
+    return any(start < (block + 1) * size and block * size < end for block in detail.bad_blocks)
 
 
-def _block_count(image: wire.Image) -> int:
-    return -(-image.image_bytes // BLOCK_BYTES)
+def _block_count(detail: wire.ImageDetail) -> int:
+    return -(-detail.image.image_bytes // detail.block_bytes)
 
 
 # -- showing ----------------------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def _json(contents: Contents) -> dict[str, Any]:
         "ranks": s.ranks,
         "complete": s.complete,
         "sound": not contents.damaged,
-        "block_bytes": BLOCK_BYTES,
+        "block_bytes": contents.images[0].block_bytes,
         "images": [
             {
                 "rank": detail.image.rank,

@@ -241,19 +241,13 @@ def scan(folder: Path) -> tuple[list[Place], list[str]]:
     places: list[Place] = []
     foreign: list[str] = []
     for entry in sorted(os.scandir(folder), key=lambda e: e.name):
-        if entry.name.endswith(".new") and parse_name(entry.name.removesuffix(".new")):
+        regular = entry.is_file(follow_symlinks=False)
+        if regular and entry.name.endswith(".new") and parse_name(entry.name.removesuffix(".new")):
             os.unlink(entry.path)
-            continue
-        identity = parse_name(entry.name)
-        if identity is None:
-            if entry.name not in _NEIGHBOURS:
-                foreign.append(entry.name)
-            continue
-        place = _measure(Path(entry.path), *identity)
-        if place is None:
-            foreign.append(entry.name)
-        else:
+        elif regular and (identity := parse_name(entry.name)) and (place := _measure(Path(entry.path), *identity)):
             places.append(place)
+        elif entry.name not in _NEIGHBOURS:
+            foreign.append(entry.name)
     return places, foreign
 
 
@@ -261,10 +255,10 @@ _NEIGHBOURS: Final = frozenset({"agent.sock", "agent.pid", "agent.lock", "agent.
 
 
 def _measure(path: Path, rank: int, index: int) -> Place | None:
-    """Divide an existing slot file by its record; None if it is not a regular file of ours, or too short to be one."""
+    """Divide an existing slot file by its record; None if it is not ours, or too short to be one."""
     with _descriptor(str(path), os.O_RDONLY) as fd:
         stat = os.fstat(fd)
-        if not os.path.isfile(path) or stat.st_uid != os.getuid() or stat.st_size < _TABLE_OFFSET:
+        if stat.st_uid != os.getuid() or stat.st_size < _TABLE_OFFSET:
             return None
         codeword = os.pread(fd, RECORD_BYTES, 0)
     room = stat.st_size - _TABLE_OFFSET

@@ -116,10 +116,10 @@ class Agent:
                 if self.cells[slot].word == opening_mark(step):
                     self.cells[slot] = replace(self.cells[slot], word=nonce)
 
-    def checksum(self) -> None:
+    def checksum(self, which: int = 0) -> None:
         """One image is through."""
         if self.work:
-            done = self.work.pop(0)
+            done = self.work.pop(which)
             self.nonce += 1
             self.hear(protocol.Checksummed(done.slot, done.id, self.nonce))
 
@@ -389,6 +389,8 @@ class Rank:
         self.close_window(stuck=stuck)
         self.fenced = True
         self._guard(self._start)
+        for copy in self.copier.copies:  # the optimizer changes what is being copied
+            copy.touched = copy.touched or not copy.landed
 
     def end(self, *, patient: bool, wanted: bool) -> None:
         self.close_window()
@@ -563,6 +565,11 @@ class World:
     def on_checksum(self, rank: Rank) -> None:
         if rank.holding.agent is not None:
             rank.holding.agent.checksum()
+
+    def on_checksum_last(self, rank: Rank) -> None:
+        """Checksums are computed side by side, so the last may be through first."""
+        if rank.holding.agent is not None:
+            rank.holding.agent.checksum(-1)
 
     def on_trainer(self, rank: Rank) -> None:
         if rank.holding.attached and rank.holding.agent is not None and rank.holding.agent.told:
@@ -747,7 +754,7 @@ def calm(world: World, rounds: int) -> list[int]:
 # How often each event is drawn.
 TRAINING: dict[str, float] = {
     "fence": 10, "end": 12, "end_late": 0.4, "end_unfenced": 0.4, "fence_again": 0.5, "round": 1.5,
-    "deliver": 6, "land": 8, "tell": 8, "agent": 12, "checksum": 8, "trainer": 8, "seal": 1,
+    "deliver": 6, "land": 8, "tell": 8, "agent": 12, "checksum": 7, "checksum_last": 1, "trainer": 8, "seal": 1,
 }  # fmt: skip
 FAULTS: dict[str, float] = {
     "touch": 0.4, "fence_stuck": 0.2, "open_fails": 0.2, "start_fails": 0.2, "unable": 0.4, "outgrow": 0.1,
