@@ -94,7 +94,7 @@ def inspect(snapshot: str, agents: tuple[str, ...], job: str | None, as_json: bo
         _show(console(), contents)
     if contents.damaged:
         images = "; ".join(
-            f"{d.image.path} (rank {d.image.rank}): {len(d.bad_blocks)} of {_block_count(d.image)} blocks"
+            f"{d.image.path} (rank {d.image.rank}): {len(d.bad_blocks)} of {_block_count(d)} blocks"
             for d in contents.damaged
         )
         raise Corrupt(f"{chosen.id} has blocks that do not match their checksum: {images}")
