@@ -82,6 +82,15 @@ class Binder:
         if not self.finish(timeout_s):
             raise DeadlinePassed(f"not all {self._ranks.world} ranks described their state within {timeout_s:g} s")
 
+    @property
+    def stale(self) -> bool:
+        """Whether the state has changed in structure since its layout was made, and no new one is under way."""
+        if self.pending:
+            return False
+        if self._binding is not None and self._state.unchanged(self._binding.survey):
+            return False
+        return self.current() is None
+
     def current(self) -> Binding | None:
         """The binding, true to the live tensors; None if the state needs a new layout first."""
         if not self.finish(0.0) or self._binding is None:

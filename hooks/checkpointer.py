@@ -374,15 +374,15 @@ class Checkpointer:
         binding = self._binder.current()
         if binding is None:
             return "new-layout"
-        encoded = encode(self._state.values(), "state", to_leaf)
+        encoded = encode(self._state.values(binding.survey), "state", to_leaf)
         offset = binding.layout.values_offset
-        image_bytes, text = offset + encoded.nbytes, binding.layout.to_text()
+        image_bytes = offset + encoded.nbytes
         slot = self._holding.open(
-            id, keep=self._keep(), image_bytes=image_bytes, table_bytes=_table_bytes(image_bytes, len(text))
+            id, keep=self._keep(), image_bytes=image_bytes, table_bytes=_table_bytes(image_bytes, len(binding.text))
         )
         if slot is None:
             return self._holding.objection() or "slots-busy"
-        self._holding.describe(binding.layout.number, text)
+        self._holding.describe(binding.layout.number, binding.text)
         encoded.write_into(slot.image[offset:])
         capture = Capture(binding, self._copier)
         capture.start(slot, lambda seconds: self._copied(id, binding, image_bytes, seconds))
@@ -430,7 +430,7 @@ class Checkpointer:
         return Standing(
             sealed=frozenset(id.step for id in self._holding.sealed() if id.run == self._run),
             able=not self._objection,
-            relayout=not self._binder.pending and self._binder.current() is None,
+            relayout=self._binder.stale,
             busy_us=int((time.monotonic() - self._step_began_s) * 1e6),
         )
 
@@ -566,7 +566,7 @@ def _look_through(
 ) -> tuple[TrainingState, int, int]:
     """The state, and how large its slots' image and tables should be. Raises ``StateRefused``."""
     state = TrainingState(models, optimizers, extras)
-    values = encode(state.values(), "state", to_leaf)
+    values = encode(state.values(state.survey()), "state", to_leaf)
     image_bytes = state.predicted_bytes() + int(values.nbytes * _VALUES_ROOM) + _ROOM_BYTES
     names = sum(len(item.slice.name) + _ENTRY_BYTES for item in state.survey().items)
     # Optimizer state adds a few tensors per parameter, under longer names.

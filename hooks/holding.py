@@ -109,8 +109,7 @@ class Holding:
             self._nonces.pop(index, None)
             watermark = keep.step if keep is not None and keep.run == id.run else NONE
             opened = wire.Opened(slot=index, run=id.run, generation=id.generation, step=id.step, watermark=watermark)
-            self._flights[index] = []
-            self._tell_of_flight(index, wire.FromTrainer(opened=opened))
+            self._flights[index] = [wire.FromTrainer(opened=opened)]
             return slot
 
     def describe(self, number: int, text: bytes) -> None:
@@ -125,6 +124,9 @@ class Holding:
         with self._changed:
             index = find(self._states, id)
             if index is not None:
+                # Only now does the agent hear of it at all: a message takes the interpreter for a moment, and here, on
+                # the copying thread, that moment is not the training's.
+                self._send(self._flights[index][0])
                 copied = wire.Copied(slot=index, step=id.step, layout=layout, image_bytes=image_bytes)
                 self._tell_of_flight(index, wire.FromTrainer(copied=copied))
 
@@ -138,7 +140,8 @@ class Holding:
             self._states[index] = self._states[index].after(Event.FENCED)
             self._commit_if_due(index)
             reach("fence.committed")
-            self._tell_of_flight(index, wire.FromTrainer(fenced=wire.Fenced(slot=index, step=id.step)))
+            if self._states[index].stage is Stage.CLEAN:  # should we die before the record is there, the agent commits
+                self._tell_of_flight(index, wire.FromTrainer(fenced=wire.Fenced(slot=index, step=id.step)))
 
     def discard(self, id: SnapshotId, reason: str) -> None:
         """Give a snapshot up; its slot is free."""
@@ -291,7 +294,7 @@ class Holding:
         if self._layout is not None:
             self._send(self._layout)
         for index, state in enumerate(self._states):
-            if state.stage in (Stage.COPYING, Stage.CLEAN):
+            if state.stage in (Stage.COPYING, Stage.CLEAN) and len(self._flights.get(index, [])) > 1:
                 for message in self._flights.get(index, []):
                     self._send(message)
 

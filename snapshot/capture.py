@@ -66,11 +66,13 @@ class Binding:
     """A layout tied to the live tensors whose bytes it places.
 
     Attributes:
+        text: the layout's text.
         lazy, eager: what is copied when.
         watched, names, addresses: the live tensors behind the lazy copies, and where they lay when bound.
     """
 
     layout: Layout
+    text: bytes
     survey: Survey
     lazy: Parts
     eager: Parts
@@ -102,7 +104,9 @@ def bind(layout: Layout, survey: Survey, pinned_eager: Iterable[str] = ()) -> Bi
             if is_lazy:
                 watched[placed.slice.name] = item.tensor
     tensors = tuple(watched.values())
-    return Binding(layout, survey, Parts(lazy), Parts(eager), tensors, tuple(watched), _addresses(tensors))
+    return Binding(
+        layout, layout.to_text(), survey, Parts(lazy), Parts(eager), tensors, tuple(watched), _addresses(tensors)
+    )
 
 
 def _rows(item: Item, part: Slice) -> torch.Tensor:

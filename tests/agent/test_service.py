@@ -267,8 +267,8 @@ def test_a_stream_that_was_replaced_is_not_listened_to(node: Node) -> None:
 
     Without a fence, the old session would seal what it hears of, and a copy that may be torn would count.
     """
-    old = Trainer(node)
-    new = Trainer(node)
+    old = Trainer(node, life="one")
+    new = Trainer(node, life="one")
     old.snapshot(9, fenced=False)
     try:
         assert "ended" in str(old.lost.get(timeout=10.0))
