@@ -32,6 +32,7 @@ class Binder:
         self._exchange: tuple[Survey | None, Pending] | None = None
         self._torn: dict[str, int] = {}
         self._number = 0
+        self._stale = False
 
     @property
     def pending(self) -> bool:
@@ -59,13 +60,14 @@ class Binder:
         """Make the layout if the exchange ends in time; True if none is pending any more."""
         if self._exchange is None:
             return True
+        self._stale = False
         survey, pending = self._exchange
         gathered = pending.result(timeout_s)
         if gathered is None:
             return False
         self._exchange = None
         if survey is None:
-            self._binding = None
+            self._binding, self._stale = None, True
             return True
         held, split = confirmed([item.slice for item in survey.items], gathered, self._ranks.rank)
         for members in split:
@@ -84,12 +86,8 @@ class Binder:
 
     @property
     def stale(self) -> bool:
-        """Whether the state has changed in structure since its layout was made, and no new one is under way."""
-        if self.pending:
-            return False
-        if self._binding is not None and self._state.unchanged(self._binding.survey):
-            return False
-        return self.current() is None
+        """Whether a snapshot failed because the structure had changed, and no new layout is under way yet."""
+        return self._stale and not self.pending
 
     def current(self) -> Binding | None:
         """The binding, true to the live tensors; None if the state needs a new layout first."""
@@ -98,6 +96,7 @@ class Binder:
         if not self._state.unchanged(self._binding.survey) or rebound(self._binding):
             survey = self._state.survey()
             if [i.slice for i in survey.items] != [i.slice for i in self._binding.survey.items]:
+                self._stale = True
                 return None
             self._binding = bind(self._binding.layout, survey, self._eager_names())
         return self._binding

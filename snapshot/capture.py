@@ -5,7 +5,9 @@ the background while the next forward and backward run. Three calls, in order, o
 
     Capture.start    note versions; copy the eager part; begin the lazy copies
     Capture.fence    before anything mutates: wait for the copies (CUDA: make the stream wait)
-    Capture.torn     which tensors were touched in between, by their version counters and addresses
+    Capture.torn     which tensors were touched in between, by their version counters
+
+A tensor that merely gets other storage in between (``p.data = …``) is not torn: what is copied is the storage it had.
 
 Known limit: a write through ``tensor.data`` does not count up the version, so such a write inside the window is not seen.
 """
@@ -13,11 +15,11 @@ Known limit: a write through ``tensor.data`` does not count up the version, so s
 from __future__ import annotations
 
 import ctypes
+import queue
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Final
@@ -46,14 +48,15 @@ class Parts:
         streamed = [t.nbytes >= _STREAM_FROM_BYTES and t.device.type == "cpu" and t.is_contiguous() for t, _ in parts]
         self.streamed = [part for part, yes in zip(parts, streamed, strict=True) if yes]
         self.small = [part for part, yes in zip(parts, streamed, strict=True) if not yes]
+        self.small_tensors = [tensor for tensor, _ in self.small]
         self._views: dict[int, list[torch.Tensor]] = {}
 
-    def views(self, slot: Slot, of: Sequence[tuple[torch.Tensor, int]]) -> list[torch.Tensor]:
-        """Tensors over the slot's image where the parts *of* go; made once per slot, since making them takes longer
-        than filling them."""
+    def views(self, slot: Slot) -> list[torch.Tensor]:
+        """Where the small parts go: tensors over the slot's image, made once per slot, since that takes longer than
+        filling them."""
         views = self._views.get(slot.inode)
-        if views is None or len(views) != len(of):
-            views = self._views[slot.inode] = [view_of(slot, tensor, offset) for tensor, offset in of]
+        if views is None:
+            views = self._views[slot.inode] = [view_of(slot, tensor, offset) for tensor, offset in self.small]
         return views
 
     def forget(self, slot: Slot) -> None:
@@ -153,15 +156,18 @@ class CpuCopier(Copier):
     """A background thread; neither of the two ways in which it copies holds the GIL."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, "holdfast-copy")
         self._error: BaseException | None = None
         self._landed = threading.Event()
         self._landed.set()
+        # A bare queue: handing over work costs the training thread a tenth of what an executor's future does.
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="holdfast-copy", daemon=True)
+        self._thread.start()
 
     def start(self, binding: Binding, slot: Slot, done: Callable[[float], None]) -> None:
         self._landed.clear()
         self._error = None
-        self._pool.submit(self._copy, binding, slot, done)
+        self._work.put(lambda: self._copy(binding, slot, done))
 
     def fence(self, timeout_s: float) -> None:
         if not self._landed.wait(timeout_s):
@@ -174,16 +180,21 @@ class CpuCopier(Copier):
         return not self._landed.is_set()
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True)
+        self._work.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (work := self._work.get()) is not None:
+            work()
 
     def _copy(self, binding: Binding, slot: Slot, done: Callable[[float], None]) -> None:
         start_s = time.perf_counter()
         try:
             copy_now(binding.lazy, slot, inside=lambda: reach("capture.inside-copy"))
             reach("capture.copied")
-        except BaseException as error:
-            self._error = error  # told by the fence; without "done", the agent never records this image
-            raise
+        except Exception as error:  # noqa: BLE001 - told by the fence; without "done" the agent never records the image
+            self._error = error
+            return
         finally:
             self._landed.set()
         done(time.perf_counter() - start_s)
@@ -199,7 +210,7 @@ def copy_now(parts: Parts, slot: Slot, inside: Callable[[], None] = lambda: None
     inside()
     if parts.small:
         with torch.no_grad():
-            torch._foreach_copy_(parts.views(slot, parts.small), [tensor for tensor, _ in parts.small])
+            torch._foreach_copy_(parts.views(slot), parts.small_tensors)
 
 
 def view_of(slot: Slot, like: torch.Tensor, offset: int) -> torch.Tensor:
@@ -227,16 +238,16 @@ class Capture:
         self.copier.fence(timeout_s)
 
     def torn(self) -> list[str]:
-        """The tensors that were mutated or moved since ``start``. Call after ``fence``, on the training thread.
+        """The tensors that were mutated since ``start``. Call after ``fence``, on the training thread.
 
         Only there is the answer certain: an operation bumps a version after it has written, so a version read on another
         thread can miss a write that is under way.
         """
-        versions, addresses = list(map(_version, self.binding.watched)), _addresses(self.binding.watched)
-        if versions == self.versions and addresses == self.binding.addresses:
+        versions = list(map(_version, self.binding.watched))
+        if versions == self.versions:
             return []
-        pairs = zip(self.binding.names, versions, self.versions, addresses, self.binding.addresses, strict=True)
-        return [name for name, v, v0, a, a0 in pairs if v != v0 or a != a0]
+        pairs = zip(self.binding.names, versions, self.versions, strict=True)
+        return [name for name, now, before in pairs if now != before]
 
 
 def copier_for(survey: Survey) -> Copier:

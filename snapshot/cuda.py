@@ -109,7 +109,7 @@ class CudaCopier(Copier):
     def _enqueue(self, binding: Binding, slot: Slot) -> None:
         parts = binding.lazy
         with torch.no_grad():
-            for view, (tensor, _) in zip(parts.views(slot, parts.small), parts.small, strict=True):
+            for view, tensor in zip(parts.views(slot), parts.small_tensors, strict=True):
                 view.copy_(tensor, non_blocking=True)
 
 

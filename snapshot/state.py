@@ -67,13 +67,14 @@ class Survey:
 
     ``owners`` are the dictionaries in which modules keep their children, parameters and buffers; ``anchors`` is what was
     in them, and in the optimizers. As long as both are the same objects, so are the tensors. ``stateful`` are the modules
-    with extra state.
+    with extra state. ``plain``: some optimizer keeps state that is no tensor.
     """
 
     items: tuple[Item, ...]
     owners: tuple[Mapping[str, object], ...]
     anchors: tuple[object, ...]
     stateful: Mapping[str, nn.Module]
+    plain: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -131,21 +132,28 @@ class TrainingState:
             for _, module, _ in _walk(model)
             for owner in (module._modules, module._parameters, module._buffers)
         )
-        return Survey(tuple(items), owners, tuple(self._anchors(owners)), _stateful_modules(self._models))
+        plain = not all(isinstance(value, torch.Tensor) for value in self._state_values())
+        return Survey(tuple(items), owners, tuple(self._anchors(owners, plain)), _stateful_modules(self._models), plain)
 
     def unchanged(self, survey: Survey) -> bool:
         """Whether *survey* still finds the very same tensor objects in the same places (about 0.1 µs per tensor)."""
-        now = self._anchors(survey.owners)
+        now = self._anchors(survey.owners, survey.plain)
         return len(now) == len(survey.anchors) and all(map(operator.is_, now, survey.anchors))
 
-    def _anchors(self, owners: Iterable[Mapping[str, object]]) -> list[object]:
+    def _anchors(self, owners: Iterable[Mapping[str, object]], plain: bool) -> list[object]:
+        """What is in *owners* and in the optimizers. State that is no tensor is left out if *plain* says that there is
+        some: it is another object at every step."""
         anchors = list(chain.from_iterable(map(_values, owners)))
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 anchors += group["params"]
-            state = list(chain.from_iterable(map(_values, optimizer.state.values())))
-            anchors += state if _all_tensors(state) else [value for value in state if isinstance(value, torch.Tensor)]
+        anchors += (v for v in self._state_values() if isinstance(v, torch.Tensor)) if plain else self._state_values()
         return anchors
+
+    def _state_values(self) -> Iterator[object]:
+        """Every value of every parameter's state in every optimizer."""
+        for optimizer in self.optimizers.values():
+            yield from chain.from_iterable(map(_values, optimizer.state.values()))
 
     def _model_items(self) -> Iterator[Item]:
         for name, model in self._models.items():
@@ -183,7 +191,7 @@ class TrainingState:
         """Everything that is no tensor of *survey*, as it is now; a tree for ``codec.encode`` with ``to_leaf``."""
         return {
             "groups": {name: [_options(group) for group in o.param_groups] for name, o in self.optimizers.items()},
-            "state": self._plain_state(),
+            "state": self._plain_state() if survey.plain else {},
             "modules": {key: module.get_extra_state() for key, module in survey.stateful.items()},
             "extras": {name: _adapter_of(extra)[0]() for name, extra in self._extras.items()},
             "rng": random_state(),
@@ -191,11 +199,6 @@ class TrainingState:
 
     def _plain_state(self) -> dict[str, dict[str, Any]]:
         """Optimizer state that is no tensor (step counts, histories), by the parameter's name."""
-        if all(
-            _all_tensors(chain.from_iterable(map(_values, optimizer.state.values())))
-            for optimizer in self.optimizers.values()
-        ):
-            return {}  # the ordinary case, without the walk over names
         return {
             owner.name: plain
             for owner in self._owners()
@@ -346,10 +349,6 @@ def _stateful_modules(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 
 
 _values = operator.methodcaller("values")
-
-
-def _all_tensors(values: Iterable[object]) -> bool:
-    return all(issubclass(kind, torch.Tensor) for kind in set(map(type, values)))
 
 
 def _reshard(model: nn.Module) -> None:

@@ -305,7 +305,7 @@ def test_a_budget_that_does_not_suffice(node: Node, monkeypatch: pytest.MonkeyPa
 
 def test_a_budget_that_a_growing_state_reaches(node: Node, caplog: pytest.LogCaptureFixture) -> None:
     """Training goes on without further snapshots; the one that is held stays."""
-    node.start("--memory-limit", "40MiB")
+    node.start("--memory-limit", "24MiB")
     model, optimizer = _job(1)
     log = {"x": torch.zeros(1)}
     with node.attach(model, optimizer, {"log": log}) as ckpt:
@@ -331,7 +331,9 @@ def tiny(tmp_path: Path) -> Iterator[Path]:
     """A file system of 4 MiB, as a container's /dev/shm may be."""
     folder = Path(f"/tmp/hf-{uuid.uuid4().hex[:8]}")
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m,mode=700", "tmpfs", str(folder)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m,mode=700", "tmpfs", str(folder)], capture_output=True
+    )
     if mounted.returncode != 0:
         folder.rmdir()
         pytest.skip("no right to mount a file system")
@@ -366,9 +368,14 @@ def test_a_second_trainer_of_the_same_rank(make_job: MakeJob) -> None:
     job = make_job(steps=400)
     job.start()
     job.wait_for("complete snapshot", lambda log: any(e.get("watermark", 0) > 2 for e in log))
-    intruder = Node(job.name)
-    with pytest.raises(RankTaken, match=f"held by pid {job.ranks[0].pid}"):
-        intruder.attach(nn.Linear(1, 1))
+    pid = job.ranks[0].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)  # it lives, however long the second one waits
+    try:
+        with pytest.raises(RankTaken, match=f"held by pid {pid}"):
+            Node(job.name).attach(nn.Linear(1, 1))
+    finally:
+        os.kill(pid, signal.SIGCONT)
     at = job.log()[-1]["watermark"]
     job.wait_for("newer snapshot", lambda log: log[-1].get("watermark", 0) > at)
     job.kill_ranks(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from typing import Any
@@ -37,8 +38,10 @@ def _check_shares(ranks: list[dict[str, Any]], members: int) -> None:
     assert parts
     for (name, _), shares in parts.items():
         rows = sorted((start[0], start[0] + extent[0]) for _, start, extent in shares if extent)
-        assert all(a[1] == b[0] for a, b in zip(rows, rows[1:], strict=False)), f"{name}: {rows}"
-        assert all(extent for _, _, extent in shares) or len(shares) == 1, f"{name}: a scalar copied {len(shares)} times"
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(rows)), f"{name}: {rows}"
+        assert all(extent for _, _, extent in shares) or len(shares) == 1, (
+            f"{name}: a scalar copied {len(shares)} times"
+        )
     widest = 2 * max(math.prod(p[2][1:]) * 4 for entry in ranks for p in entry["layout"] if p[2])
     for group in {p[4] for entry in ranks for p in entry["layout"] if p[4]}:
         assert len(group) == members

@@ -1,0 +1,135 @@
+"""The restore plan: which snapshot, from where, why not a newer one; and when something was lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import permutations
+
+import pytest
+from holdfast.snapshot.beat import NONE
+from holdfast.snapshot.record import SnapshotId
+from holdfast.snapshot.recovery import Held, Plan, Rejected, plan
+
+RUN, TWIN, NEXT = (run * 32 for run in "abc")
+
+
+def id(step: int, generation: int = 1, run: str = RUN) -> SnapshotId:
+    return SnapshotId(generation, step, run)
+
+
+def image(
+    id: SnapshotId, rank: int, *, world: int = 2, watermark: int = NONE, agent: str = "n0", slot: int = 0
+) -> Held:
+    return Held(id, rank, world, watermark, agent, f"/shm/rank-{rank:05d}.slot-{slot}", 1000 + rank)
+
+
+def both(id: SnapshotId, *, watermark: int = NONE, slot: int = 0) -> list[Held]:
+    return [image(id, rank, watermark=watermark, slot=slot) for rank in (0, 1)]
+
+
+def chosen(held: Iterable[Held], world: int = 2, damaged: Iterable[tuple[SnapshotId, int]] = ()) -> SnapshotId | None:
+    return plan(held, world, damaged).chosen
+
+
+def test_nothing_is_held() -> None:
+    assert plan([], 2) == Plan(None, (), (), None)
+    assert plan([], 2).explain() == "nothing to restore"
+
+
+def test_the_newest_complete_one() -> None:
+    held = both(id(4)) + both(id(5), slot=1)
+    assert plan(held, 2) == Plan(id(5), tuple(both(id(5), slot=1)), (), None)
+
+
+def test_a_newer_one_that_never_was_complete_is_no_loss() -> None:
+    found = plan([*both(id(4)), image(id(5), 1, watermark=4, slot=1)], 2)
+    assert found.chosen == id(4)
+    assert found.rejected == (Rejected(id(5), "1 of 2 images cannot be had: rank 0 missing"),)
+    assert found.loss is None
+
+
+def test_a_later_run_counts_more_than_a_later_step() -> None:
+    assert chosen(both(id(900)) + both(id(3, 2, NEXT), slot=1)) == id(3, 2, NEXT)
+
+
+def test_runs_of_one_generation_are_never_mixed() -> None:
+    """Both went back to the same point, and reached step 5 again."""
+    assert chosen([image(id(5, 2, TWIN), 0), image(id(5, 2, NEXT), 1), *both(id(4), slot=1)]) == id(4)
+
+
+def test_steps_are_never_mixed() -> None:
+    assert chosen([image(id(5), 0), image(id(6), 1)]) is None
+
+
+def test_a_watermark_says_what_was_complete() -> None:
+    """The records of step 6 know that step 5 was complete; what is left cannot make up for it."""
+    held = [*both(id(4)), image(id(6), 0, watermark=5, slot=1)]
+    found = plan(held, 2)
+    assert found.chosen == id(4)
+    assert [r.id.step for r in found.rejected] == [6, 5]
+    assert (
+        found.loss == f"{id(5)} was complete and cannot be had: known to have been complete, but no image of it is left"
+    )
+    assert found.explain().endswith(found.loss)
+
+
+def test_a_watermark_of_what_is_older_than_the_choice_is_no_loss() -> None:
+    assert plan(both(id(6), watermark=5), 2).loss is None
+
+
+def test_damage_counts_as_missing_and_as_loss() -> None:
+    found = plan(both(id(5)) + both(id(4), slot=1), 2, [(id(5), 1)])
+    assert found.chosen == id(4)
+    assert found.rejected == (Rejected(id(5), "1 of 2 images cannot be had: rank 1 damaged"),)
+    assert found.loss is not None
+
+
+def test_damage_to_what_is_not_chosen_does_not_matter() -> None:
+    assert plan(both(id(5)) + both(id(4), slot=1), 2, [(id(4), 0)]).chosen == id(5)
+
+
+def test_all_is_lost() -> None:
+    found = plan(both(id(5)), 2, [(id(5), 0), (id(5), 1)])
+    assert (found.chosen, found.sources) == (None, ())
+    assert (
+        found.loss
+        == f"{id(5)} was complete and cannot be had: 2 of 2 images cannot be had: rank 0 damaged, rank 1 damaged"
+    )
+    assert "nothing to restore" in found.explain()
+
+
+def test_another_number_of_ranks() -> None:
+    found = plan([image(id(5), rank, world=4) for rank in range(4)], 2)
+    assert found.chosen is None
+    assert found.rejected[0].reason == "taken by 4 ranks, and this job has 2"
+    assert found.loss is not None
+
+
+def test_many_missing_are_counted() -> None:
+    (rejected,) = plan([image(id(5), 3, world=16)], 16).rejected
+    assert rejected.reason.startswith("15 of 16 images cannot be had: rank 0 missing, rank 1 missing")
+    assert rejected.reason.endswith("rank 8 missing and 7 more")
+
+
+def test_one_of_several_copies_whatever_the_order() -> None:
+    copies = [image(id(5), 0, agent="n2"), image(id(5), 0, agent="n1", slot=1), image(id(5), 0, agent="n1", slot=0),
+              image(id(5), 1)]  # fmt: skip
+    plans = {plan([*order, copies[0]], 2) for order in permutations(copies)}
+    (only,) = plans
+    assert only.sources == (copies[2], copies[3])
+
+
+def test_the_plan_explains_itself() -> None:
+    found = plan([*both(id(4)), image(id(5), 1, slot=1)], 2)
+    assert found.explain().splitlines() == [
+        "passed over aaaaaaaa/5: 1 of 2 images cannot be had: rank 0 missing",
+        "restore aaaaaaaa/4 (generation 1)",
+        "  rank 0: /shm/rank-00000.slot-0 of agent n0, 1000 bytes",
+        "  rank 1: /shm/rank-00001.slot-0 of agent n0, 1001 bytes",
+    ]
+
+
+@pytest.mark.xfail(strict=True, reason="whether it was complete depends on which image comes first")
+def test_images_that_disagree_on_the_number_of_ranks() -> None:
+    held = [image(id(5), 0, world=1), image(id(5), 0, world=2, agent="n1")]
+    assert plan(held, 2) == plan(held[::-1], 2)
