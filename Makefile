@@ -23,7 +23,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	mkdir -p .build && ln -sfn .. .build/holdfast
-	cd .build && MYPYPATH=.:holdfast/tests ../$(BIN)/mypy --config-file ../pyproject.toml -p holdfast
+	cd .build && MYPYPATH=.:holdfast/tests:holdfast/benchmarks ../$(BIN)/mypy --config-file ../pyproject.toml -p holdfast
 
 bench: setup
 	$(BIN)/python benchmarks/capture.py

@@ -17,12 +17,13 @@ import numpy.typing as npt
 
 from ..crashpoints import reach
 from ..erasure.kernel import BLOCK_BYTES, crc32c
-from ..errors import BudgetExceeded, ConfigError, SnapshotUnknown
+from ..errors import BudgetExceeded, ConfigError, Corrupt, SnapshotUnknown
 from ..snapshot.arena import Place, Slot, place_for, scan
 from ..snapshot.layout import Layout
-from ..snapshot.record import Record, SnapshotId, new_nonce
+from ..snapshot.record import Record, new_nonce
 from ..snapshot.recovery import Held
 from .budget import Memory
+from .protocol import Flight
 from .settings import NodeSettings, job_hash
 
 _log = logging.getLogger(__name__)
@@ -104,11 +105,24 @@ class Arenas:
         return [self._slots[rank, i].place for i in range(slots)]
 
     def grow(self, rank: int, index: int, *, image_bytes: int, table_bytes: int) -> Place:
-        """Replace a slot by a larger one. What it held is gone: only its trainer knows that it may go."""
+        """Replace a slot by a larger one. What it held is gone: only its trainer knows that it may go.
+
+        Raises ``BudgetExceeded``; the slot then is as large as it was, and free.
+        """
         place = place_for(self._settings.shm, rank, index, image_bytes=image_bytes, table_bytes=table_bytes)
         self._check_budget([place])
-        self._make(place)
+        before = self._slots[rank, index].place
+        try:
+            self._make(place)
+        except BudgetExceeded:  # somebody else took the memory meanwhile; what we had is there again
+            self._make(before)
+            raise
         return place
+
+    def place(self, rank: int, index: int) -> Place | None:
+        """Where a slot lies now, if it exists."""
+        slot = self._slots.get((rank, index))
+        return slot.place if slot else None
 
     def prefault(self, places: Iterable[Place]) -> None:
         """Have the memory of these slots mapped. Blocks; called in a worker thread, for several ranks at once."""
@@ -120,13 +134,16 @@ class Arenas:
         slot = self._slots.get((place.rank, place.index))
         if slot is None:
             return False
-        if slot.sealed_record() is not None or slot.place.holds(place.table_bytes, place.image_bytes):
+        if slot.sealed_record() is not None:
             return True
-        if slot.place.file_bytes == place.file_bytes:  # never sealed, so its division into tables and image is open
-            self._slots[place.rank, place.index] = Slot.open(place)
-            slot.close()
+        if slot.place.file_bytes == place.file_bytes:  # without a record its division is open; the trainer knows it
+            if slot.place != place:
+                self._slots[place.rank, place.index] = Slot.open(place)
+                slot.close()
             return True
-        return False
+        divided = slot.place.table_bytes > 0
+        # In flight: whoever fills it will tell us of it again, or is dead; it grows when it is free.
+        return divided and (slot.word != 0 or slot.place.holds(place.table_bytes, place.image_bytes))
 
     def _make(self, place: Place) -> None:
         old = self._slots.pop((place.rank, place.index), None)
@@ -155,12 +172,14 @@ class Arenas:
         return self._slots[rank, index]
 
     def checksum(self, rank: int, index: int, image_bytes: int) -> ImageSums:
-        """Checksum the image that lies in the slot now. Called in a worker thread."""
+        """Checksum the image that lies in the slot now. Called in a worker thread. Raises ``Corrupt`` if it cannot."""
+        if (rank, index) not in self._slots:
+            raise Corrupt(f"rank {rank} has no slot {index}")
         checks = self._slots[rank, index].checksums(image_bytes, BLOCK_BYTES, self._pool)
         return ImageSums(image_bytes, checks, new_nonce())
 
     def write_record(
-        self, index: int, id: SnapshotId, sums: ImageSums, *, rank: int, world: int, watermark: int, layout: bytes
+        self, index: int, flight: Flight, sums: ImageSums, *, rank: int, world: int, layout: bytes
     ) -> None:
         """Write tables, then record. A crash anywhere here leaves the slot unsealed, as it is until the commit word."""
         slot = self._slots[rank, index]
@@ -169,9 +188,9 @@ class Arenas:
         reach("seal.before-record")
         slot.write_record(
             Record(
-                id=id, watermark=watermark, rank=rank, world=world, job=self._job, image_bytes=sums.image_bytes,
-                table_bytes=slot.place.table_bytes, block_bytes=BLOCK_BYTES, layout_bytes=len(layout),
-                checks_crc=crc32c(sums.checks), layout_crc=crc32c(layout), nonce=sums.nonce,
+                id=flight.id, watermark=flight.watermark, rank=rank, world=world, job=self._job,
+                image_bytes=sums.image_bytes, table_bytes=slot.place.table_bytes, block_bytes=BLOCK_BYTES,
+                layout_bytes=len(layout), checks_crc=crc32c(sums.checks), layout_crc=crc32c(layout), nonce=sums.nonce,
             )
         )  # fmt: skip
         reach("seal.after-record")

@@ -20,7 +20,7 @@ from google.protobuf.message import Message
 from ..errors import AgentError, AgentUnreachable, DeadlinePassed, HoldfastError, every_error
 from ..snapshot.arena import Place
 from . import wire_pb2 as wire
-from .settings import PROTOCOL, NodeSettings, check_owner
+from .settings import PROTOCOL, NodeSettings, check_owner, pid_namespace
 
 _log = logging.getLogger(__name__)
 _SERVICE: Final = "holdfast.v1.Agent"
@@ -93,7 +93,7 @@ class Attachment:
         hello: wire.Hello,
         *,
         hear: Callable[[wire.FromAgent], None],
-        lost: Callable[[HoldfastError], None],
+        lost: Callable[[Attachment, HoldfastError], None],
         timeout_s: float,
     ) -> None:
         self._hear = hear
@@ -124,7 +124,7 @@ class Attachment:
             self.send(wire.FromTrainer(goodbye=wire.Goodbye()))
         self._outbox.put(None)
         self._thread.join(timeout_s)
-        self._channel.close()
+        self._stream.cancel()
         self._thread.join(timeout_s)
 
     def _outgoing(self) -> Iterator[wire.FromTrainer]:
@@ -136,16 +136,18 @@ class Attachment:
         timer = threading.Timer(timeout_s, self._stream.cancel)
         timer.daemon = True
         timer.start()
+        answer: wire.FromAgent | None = None
         try:
-            answer: wire.FromAgent = next(self._stream)
+            answer = next(self._stream)
         except StopIteration:
             raise AgentUnreachable(f"{self._what}: the agent ended the stream") from None
         except grpc.RpcError as error:
-            self._outbox.put(None)
-            self._channel.close()
             raise _translated(error, self._what, timeout_s) from error
         finally:
             timer.cancel()
+            if answer is None:
+                self._outbox.put(None)
+                self._channel.close()
         return answer.welcome
 
     def _listen(self) -> None:
@@ -155,9 +157,13 @@ class Attachment:
                 self._hear(message)
         except grpc.RpcError as error:
             reason = _translated(error, self._what, 0.0)
+        except Exception as error:  # noqa: BLE001 - a thread ends here; a stream that nobody hears is a lost one
+            _log.exception("%s: what the agent said could not be handled", self._what)
+            reason = AgentError(f"{self._what}: {error!r}")
         self._outbox.put(None)
+        self._channel.close()
         if not self._closing:
-            self._lost(reason)
+            self._lost(self, reason)
 
 
 def hello(
@@ -172,6 +178,7 @@ def hello(
         world=world,
         pid=os.getpid(),
         life=uuid.uuid4().hex,
+        pid_namespace=pid_namespace(),
         slots=slots,
         image_bytes=image_bytes,
         table_bytes=table_bytes,

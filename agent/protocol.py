@@ -1,7 +1,7 @@
 """What the agent does about one rank's snapshots. Pure: events in, actions out; ``service`` performs them in order.
 
-A *flight* is one snapshot between the opening of its slot and its sealing. While the trainer lives, only it stores
-commit words; a flight that it had fenced before it died is sealed by the agent, everything else in flight is dropped.
+A *flight* is one image from its copy to its sealing. As long as its stream stands, only the trainer stores commit words; what
+it had fenced before that broke is sealed by the agent, everything else in flight is dropped.
 """
 
 from __future__ import annotations
@@ -14,20 +14,13 @@ from ..snapshot.record import SnapshotId
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
-    """The trainer unsealed the slot and fills it with *id*."""
+class Copied:
+    """The trainer has filled the slot with the image of *id*; *token* names this filling, here and in the commit word."""
 
     slot: int
+    token: int
     id: SnapshotId
     watermark: int
-
-
-@dataclass(frozen=True, slots=True)
-class Copied:
-    """The trainer's copy has ended."""
-
-    slot: int
-    step: int
     layout: int
     image_bytes: int
 
@@ -37,7 +30,7 @@ class Fenced:
     """The trainer's torn-copy check has passed."""
 
     slot: int
-    step: int
+    token: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +38,7 @@ class Discarded:
     """The trainer gave the snapshot up."""
 
     slot: int
-    step: int
+    token: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +46,7 @@ class Checksummed:
     """The agent's own work on the image has ended; *nonce* is the one to put into the record."""
 
     slot: int
-    id: SnapshotId
+    token: int
     nonce: int
 
 
@@ -62,26 +55,24 @@ class TrainerLost:
     """The stream broke, with or without a goodbye."""
 
 
-Event = Opened | Copied | Fenced | Discarded | Checksummed | TrainerLost
+Event = Copied | Fenced | Discarded | Checksummed | TrainerLost
 
 
 @dataclass(frozen=True, slots=True)
 class Checksum:
-    """Action: checksum the image, off the event loop; report ``Checksummed`` or drop it."""
+    """Action: checksum the image, off the event loop; report ``Checksummed``, or ``Discarded`` if that fails."""
 
     slot: int
-    id: SnapshotId
+    token: int
     image_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class WriteRecord:
-    """Action: write tables and record, with this layout, watermark and nonce."""
+    """Action: write tables and record of this flight."""
 
     slot: int
-    id: SnapshotId
-    layout: int
-    watermark: int
+    flight: Flight
     nonce: int
 
 
@@ -90,16 +81,16 @@ class TellPrepared:
     """Action: tell the trainer that the record is written."""
 
     slot: int
-    step: int
+    token: int
     nonce: int
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """Action: store the commit word, for a trainer that is no more, if the slot is still open for that step."""
+    """Action: store the commit word, for a trainer that is no more, if the slot is still open for that flight."""
 
     slot: int
-    step: int
+    flight: Flight
     nonce: int
 
 
@@ -108,13 +99,14 @@ Action = Checksum | WriteRecord | TellPrepared | Commit
 
 @dataclass(frozen=True, slots=True)
 class Flight:
-    """One snapshot on its way to being sealed."""
+    """One image on its way to being sealed: copied, and then fenced and recorded in either order."""
 
+    token: int
     id: SnapshotId
     watermark: int
-    layout: int | None = None  # known once copied
+    layout: int
     fenced: bool = False
-    nonce: int | None = None  # known once prepared
+    nonce: int | None = None  # once recorded
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,46 +129,38 @@ class Session:
 
 
 def advance(session: Session, event: Event) -> tuple[Session, list[Action]]:
-    """What *event* leads to. Events about a flight that is over (another step in the slot) change nothing."""
-    match event:
-        case Opened(slot, id, watermark):
-            return session.with_flight(slot, Flight(id, watermark)), []
-        case TrainerLost():
-            return _lost(session)
-        case Checksummed(slot, id, nonce):
-            return _checksummed(session, slot, id, nonce)
-    flight = session.flights.get(event.slot)
-    if flight is None or flight.id.step != event.step:
+    """What *event* leads to. Events about a flight that is over (another token in the slot) change nothing."""
+    if isinstance(event, TrainerLost):
+        return _lost(session)
+    if isinstance(event, Copied):
+        flight = Flight(event.token, event.id, event.watermark, event.layout)
+        checksum = Checksum(event.slot, event.token, event.image_bytes)
+        return (session.with_flight(event.slot, flight), [checksum]) if session.alive else (session, [])
+    found = session.flights.get(event.slot)
+    if found is None or found.token != event.token:
         return session, []
     match event:
-        case Copied(slot, _, layout, image_bytes):
-            return session.with_flight(slot, replace(flight, layout=layout)), [Checksum(slot, flight.id, image_bytes)]
-        case Fenced(slot):
-            return session.with_flight(slot, replace(flight, fenced=True)), []
-        case Discarded(slot):
-            return session.with_flight(slot, None), []
+        case Checksummed():
+            return _checksummed(session, event.slot, found, event.nonce)
+        case Fenced() if session.alive:
+            return session.with_flight(event.slot, replace(found, fenced=True)), []
+        case Discarded():
+            return session.with_flight(event.slot, None), []
+    return session, []
 
 
-def _checksummed(session: Session, slot: int, id: SnapshotId, nonce: int) -> tuple[Session, list[Action]]:
-    flight = session.flights.get(slot)
-    if flight is None or flight.id != id or flight.layout is None:
-        return session, []
-    write = WriteRecord(slot, id, flight.layout, flight.watermark, nonce)
+def _checksummed(session: Session, slot: int, flight: Flight, nonce: int) -> tuple[Session, list[Action]]:
+    write = WriteRecord(slot, flight, nonce)
     if session.alive:
-        # The flight stays until the slot is opened again: should the trainer die before it commits, we do.
-        return session.with_flight(slot, replace(flight, nonce=nonce)), [write, TellPrepared(slot, id.step, nonce)]
-    return session.with_flight(slot, None), [write, Commit(slot, id.step, nonce)]
+        # The flight stays until the slot is filled again: should the trainer die before it commits, we do.
+        recorded = replace(flight, nonce=nonce)
+        return session.with_flight(slot, recorded), [write, TellPrepared(slot, flight.token, nonce)]
+    return session.with_flight(slot, None), [write, Commit(slot, flight, nonce)]
 
 
 def _lost(session: Session) -> tuple[Session, list[Action]]:
     """Seal what was fenced; keep what is fenced and still being checksummed; drop what may be torn."""
-    actions: list[Action] = []
-    waiting: dict[int, Flight] = {}
-    for slot, flight in sorted(session.flights.items()):
-        if not flight.fenced or flight.layout is None:
-            continue
-        if flight.nonce is None:
-            waiting[slot] = flight
-        else:
-            actions.append(Commit(slot, flight.id.step, flight.nonce))
-    return Session(MappingProxyType(waiting), alive=False), actions
+    fenced = {slot: flight for slot, flight in sorted(session.flights.items()) if flight.fenced}
+    commits: list[Action] = [Commit(slot, f, f.nonce) for slot, f in fenced.items() if f.nonce is not None]
+    waiting = {slot: flight for slot, flight in fenced.items() if flight.nonce is None}
+    return Session(MappingProxyType(waiting), alive=False), commits

@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
-from ..errors import AgentError, AgentMismatch, ConfigError, HoldfastError, RankTaken
+from ..errors import AgentError, AgentMismatch, ConfigError, DeadlinePassed, HoldfastError, RankTaken
 from ..snapshot.arena import Place
 from ..snapshot.record import Record, SnapshotId
 from ..snapshot.recovery import Held
 from . import protocol
 from . import wire_pb2 as wire
 from .arenas import Arenas, ImageSums
-from .settings import PROTOCOL, NodeSettings
+from .settings import PROTOCOL, NodeSettings, pid_namespace
 
 _log = logging.getLogger(__name__)
 
 # How long a new trainer of a rank waits for the agent to notice that the old one is gone.
 _TAKEOVER_S: Final = 5.0
+# How long a dead trainer's stream is listened to, for what it said last.
+_DRAIN_S: Final = 1.0
+# How long the new trainer then waits for the old one's last image to be checksummed.
+_SETTLE_S: Final = 60.0
 SERVICE: Final = "holdfast.v1.Agent"
 MESSAGE_BYTES: Final = 64 << 20  # layouts of tens of thousands of tensors fit; nothing bulky travels here
 
 Write = Callable[[wire.FromAgent], Awaitable[None]]
+Result = TypeVar("Result")
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -41,11 +47,10 @@ class _Trainer:
     hello: wire.Hello
     session: protocol.Session = field(default_factory=protocol.Session)
     layouts: dict[int, bytes] = field(default_factory=dict)
-    sums: dict[SnapshotId, ImageSums] = field(default_factory=dict)
+    sums: dict[int, ImageSums] = field(default_factory=dict)
     report: wire.Report = field(default_factory=wire.Report)
     ended: bool = False
     gone: asyncio.Event = field(default_factory=asyncio.Event)
-    settled: asyncio.Event = field(default_factory=asyncio.Event)
     work: set[asyncio.Task[None]] = field(default_factory=set)
 
 
@@ -73,19 +78,22 @@ class AgentService:
                 grpc.StatusCode.INVALID_ARGUMENT, error_text(AgentError("the first message must be Hello"))
             )
         try:
-            trainer, welcome = await self._admit(first.hello)
+            trainer, places = await self._admit(first.hello)
         except HoldfastError as error:
             _log.warning("rank %d refused: %s", first.hello.rank, error)
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error_text(error))
-        _log.info("rank %d attached, pid %d", trainer.hello.rank, trainer.hello.pid)
+        # From here on the rank is taken, so whatever happens, it must be given free again.
         try:
-            await context.write(wire.FromAgent(welcome=welcome))
-            async for message in requests:
-                await self._hear(trainer, message, context.write)
+            with self._watching(trainer):
+                await asyncio.to_thread(self._arenas.prefault, places)
+                await context.write(wire.FromAgent(welcome=self._welcome(places)))
+                _log.info("rank %d attached, pid %d", trainer.hello.rank, trainer.hello.pid)
+                async for message in requests:
+                    await self._hear(trainer, message, context.write)
         finally:
             self._lose(trainer)
 
-    async def _admit(self, hello: wire.Hello) -> tuple[_Trainer, wire.Welcome]:
+    async def _admit(self, hello: wire.Hello) -> tuple[_Trainer, list[Place]]:
         if hello.protocol != PROTOCOL:
             raise AgentMismatch(
                 f"trainer speaks protocol {hello.protocol} (holdfast {hello.version}), agent {self._name} speaks "
@@ -99,41 +107,74 @@ class AgentService:
             raise ConfigError(f"cannot attach rank {hello.rank} of {hello.world} with {hello.slots} slots")
         async with self._reserving:
             await self._take_over(hello)
-            places = await asyncio.to_thread(
+            reserve = asyncio.to_thread(
                 self._arenas.reserve,
                 hello.rank,
                 hello.slots,
                 image_bytes=hello.image_bytes,
                 table_bytes=hello.table_bytes,
             )
+            places = await _to_the_end(reserve)
             trainer = self._trainers[hello.rank] = _Trainer(hello)
-        # Outside the lock: the ranks of a node have their memory mapped at the same time.
-        await asyncio.to_thread(self._arenas.prefault, places)
-        return trainer, wire.Welcome(agent=self._name, slots=[_slot_place(p) for p in places], alone=True)
+        return trainer, places
+
+    def _welcome(self, places: list[Place]) -> wire.Welcome:
+        return wire.Welcome(agent=self._name, slots=[_slot_place(place) for place in places], alone=True)
 
     async def _take_over(self, hello: wire.Hello) -> None:
         """Wait until the rank's former trainer is gone and what it left in flight is sealed or dropped."""
         former = self._trainers.get(hello.rank)
         if former is None:
             return
+        if former.hello.life == hello.life:
+            self._lose(former)  # the same trainer reconnects: its old stream is dead, whether we have noticed or not
         try:
-            async with asyncio.timeout(_TAKEOVER_S):
-                if former.hello.life != hello.life:
-                    await former.gone.wait()
-                else:  # the same trainer reconnects: its old stream is dead, whether we have noticed or not
-                    self._lose(former)
-                await former.settled.wait()
+            await asyncio.wait_for(former.gone.wait(), _TAKEOVER_S)
         except TimeoutError:
             raise RankTaken(
                 f"rank {hello.rank} of job {hello.job!r} is held by pid {former.hello.pid}, which is still attached; "
                 f"end it first, or run this one as another job (HOLDFAST_JOB)"
             ) from None
+        if former.work:  # it reads and may still seal the slots that the new trainer is about to get
+            _, unfinished = await asyncio.wait(former.work, timeout=_SETTLE_S)
+            if unfinished:
+                raise DeadlinePassed(
+                    f"what the former rank {hello.rank} left was not checksummed within {_SETTLE_S:g} s"
+                )
+
+    @contextlib.contextmanager
+    def _watching(self, trainer: _Trainer) -> Iterator[None]:
+        """Notice the trainer's death by its process too: its forked workers may hold the stream open for a while.
+
+        What it said last is still to be heard: only after that time without the stream's end is it given up.
+        """
+        descriptor = _process(trainer.hello)
+        if descriptor is None:
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        giving_up: list[asyncio.TimerHandle] = []
+
+        def ended() -> None:
+            loop.remove_reader(descriptor)
+            giving_up.append(loop.call_later(_DRAIN_S, self._lose, trainer))
+
+        loop.add_reader(descriptor, ended)
+        try:
+            yield
+        finally:
+            loop.remove_reader(descriptor)
+            os.close(descriptor)
+            for timer in giving_up:
+                timer.cancel()
 
     async def _hear(self, trainer: _Trainer, message: wire.FromTrainer, write: Write) -> None:
         kind = message.WhichOneof("kind")
         match kind:
             case "layout":
-                trainer.layouts[message.layout.number] = message.layout.text
+                newest = message.layout.number
+                trainer.layouts = {n: text for n, text in trainer.layouts.items() if n + 2 > newest}
+                trainer.layouts[newest] = message.layout.text
             case "report":
                 trainer.report = message.report
             case "grow":
@@ -147,59 +188,48 @@ class AgentService:
     async def _advance(self, trainer: _Trainer, event: protocol.Event, write: Write) -> None:
         trainer.session, actions = protocol.advance(trainer.session, event)
         for action in actions:
-            await self._perform(trainer, action, write)
-        if trainer.session.settled:
-            trainer.settled.set()
-
-    async def _perform(self, trainer: _Trainer, action: protocol.Action, write: Write) -> None:
-        rank = trainer.hello.rank
-        match action:
-            case protocol.Checksum():
+            if isinstance(action, protocol.TellPrepared):
+                prepared = wire.Prepared(slot=action.slot, token=action.token, nonce=action.nonce)
+                await write(wire.FromAgent(prepared=prepared))
+            elif isinstance(action, protocol.Checksum):
                 self._spawn(trainer, self._checksum(trainer, action, write))
-            case protocol.WriteRecord(slot, id, layout, watermark, _):
-                self._arenas.write_record(
-                    slot,
-                    id,
-                    trainer.sums.pop(id),
-                    rank=rank,
-                    world=trainer.hello.world,
-                    watermark=watermark,
-                    layout=trainer.layouts[layout],
-                )
-            case protocol.TellPrepared(slot, step, nonce):
-                await write(wire.FromAgent(prepared=wire.Prepared(slot=slot, step=step, nonce=nonce)))
-            case protocol.Commit(slot, step, nonce):
-                if self._arenas.slot(rank, slot).commit_if_open_for(step, nonce):
-                    _log.info("rank %d: sealed step %d for a trainer that is gone", rank, step)
+            else:
+                self._write(trainer, action)
+
+    def _write(self, trainer: _Trainer, action: protocol.WriteRecord | protocol.Commit) -> None:
+        """Write to the slot: nothing else happens on the event loop between the decision and this."""
+        rank, flight = trainer.hello.rank, action.flight
+        if isinstance(action, protocol.WriteRecord):
+            layout, sums = trainer.layouts[flight.layout], trainer.sums[flight.token]
+            self._arenas.write_record(action.slot, flight, sums, rank=rank, world=trainer.hello.world, layout=layout)
+        elif self._arenas.slot(rank, action.slot).commit_if_open_for(flight.token, action.nonce):
+            _log.info("rank %d: sealed %s for a trainer that is gone", rank, flight.id)
 
     async def _checksum(self, trainer: _Trainer, action: protocol.Checksum, write: Write) -> None:
-        rank, slot, id = trainer.hello.rank, action.slot, action.id
+        rank, slot, token = trainer.hello.rank, action.slot, action.token
         try:
             sums = await asyncio.to_thread(self._arenas.checksum, rank, slot, action.image_bytes)
-            trainer.sums[id] = sums
-            await self._advance(trainer, protocol.Checksummed(slot, id, sums.nonce), write)
-        except HoldfastError as error:
-            _log.warning("rank %d: step %d cannot be sealed: %s", rank, id.step, error)
-            await self._advance(trainer, protocol.Discarded(slot, id.step), write)
-            await write(wire.FromAgent(failed=wire.Failed(slot=slot, step=id.step, reason=str(error))))
+            trainer.sums[token] = sums
+            await self._advance(trainer, protocol.Checksummed(slot, token, sums.nonce), write)
+        except Exception as error:  # noqa: BLE001 - the trainer must hear of it, or it waits for this slot forever
+            _log.warning("rank %d: slot %d cannot be sealed: %s", rank, slot, error)
+            await self._advance(trainer, protocol.Discarded(slot, token), write)
+            await write(wire.FromAgent(failed=wire.Failed(slot=slot, token=token, reason=str(error))))
         finally:
-            trainer.sums.pop(id, None)
+            trainer.sums.pop(token, None)
 
     async def _grow(self, trainer: _Trainer, grow: wire.Grow, write: Write) -> None:
         rank = trainer.hello.rank
+        sizes = {"image_bytes": grow.image_bytes, "table_bytes": grow.table_bytes}
         try:
             async with self._reserving:
-                place = await asyncio.to_thread(
-                    self._arenas.grow,
-                    rank,
-                    grow.slot,
-                    image_bytes=grow.image_bytes,
-                    table_bytes=grow.table_bytes,
-                )
+                place = await _to_the_end(asyncio.to_thread(self._arenas.grow, rank, grow.slot, **sizes))
             await asyncio.to_thread(self._arenas.prefault, [place])
-        except HoldfastError as error:
+        except Exception as error:  # noqa: BLE001 - as above
             _log.warning("rank %d: slot %d stays as small as it is: %s", rank, grow.slot, error)
-            await write(wire.FromAgent(failed=wire.Failed(slot=grow.slot, step=-1, reason=str(error))))
+            left = self._arenas.place(rank, grow.slot)
+            failed = wire.Failed(slot=grow.slot, reason=str(error), left=_slot_place(left) if left else None)
+            await write(wire.FromAgent(failed=failed))
             return
         await write(wire.FromAgent(grown=wire.Grown(slot=_slot_place(place))))
 
@@ -222,10 +252,7 @@ class AgentService:
         trainer.session, actions = protocol.advance(trainer.session, protocol.TrainerLost())
         for action in actions:
             assert isinstance(action, protocol.Commit)
-            if self._arenas.slot(trainer.hello.rank, action.slot).commit_if_open_for(action.step, action.nonce):
-                _log.info("rank %d: sealed step %d for a trainer that is gone", trainer.hello.rank, action.step)
-        if trainer.session.settled:
-            trainer.settled.set()
+            self._write(trainer, action)
         trainer.gone.set()
         self._idle_since_s = time.monotonic()
 
@@ -286,8 +313,8 @@ class AgentService:
 
     @property
     def idle_s(self) -> float:
-        """Seconds since the last trainer left; 0 while one is attached."""
-        if any(t.session.alive for t in self._trainers.values()):
+        """Seconds since the last trainer left; 0 while one is attached, or about to be."""
+        if self._reserving.locked() or any(t.session.alive for t in self._trainers.values()):
             return 0.0
         return time.monotonic() - self._idle_since_s
 
@@ -358,17 +385,35 @@ def _slot_place(place: Place) -> wire.SlotPlace:
 def _event(message: wire.FromTrainer) -> protocol.Event | None:
     """The protocol's event for a trainer's message; None for one of a kind this version does not know."""
     match message.WhichOneof("kind"):
-        case "opened":
-            m = message.opened
-            return protocol.Opened(m.slot, SnapshotId(m.generation, m.step, m.run), m.watermark)
         case "copied":
-            c = message.copied
-            return protocol.Copied(c.slot, c.step, c.layout, c.image_bytes)
+            m = message.copied
+            id = SnapshotId(m.generation, m.step, m.run)
+            return protocol.Copied(m.slot, m.token, id, m.watermark, m.layout, m.image_bytes)
         case "fenced":
-            return protocol.Fenced(message.fenced.slot, message.fenced.step)
+            return protocol.Fenced(message.fenced.slot, message.fenced.token)
         case "discarded":
-            return protocol.Discarded(message.discarded.slot, message.discarded.step)
+            return protocol.Discarded(message.discarded.slot, message.discarded.token)
     return None
+
+
+async def _to_the_end(work: Coroutine[Any, Any, Result]) -> Result:
+    """Await *work* that a cancellation must not cut loose: its thread goes on, and others must not overtake it."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
+
+
+def _process(hello: wire.Hello) -> int | None:
+    """A descriptor that becomes readable when the trainer's process ends; None if its pid means nothing here."""
+    if hello.pid_namespace != pid_namespace():
+        return None
+    try:
+        return os.pidfd_open(hello.pid)
+    except OSError:  # gone already, as the stream will tell; or a kernel before 5.3
+        return None
 
 
 def error_text(error: HoldfastError) -> str:

@@ -81,6 +81,14 @@ def job_hash(job: str) -> int:
     return int.from_bytes(hashlib.sha256(job.encode()).digest()[:8], "little")
 
 
+def pid_namespace() -> str:
+    """In which namespace this process's pids have their meaning; an agent may run in another container."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
 def prepare_folder(folder: Path) -> None:
     """Make the shared-memory folder, for this user alone.
 

@@ -7,10 +7,9 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class FromTrainer(_message.Message):
-    __slots__ = ("hello", "layout", "opened", "copied", "fenced", "discarded", "grow", "report", "goodbye")
+    __slots__ = ("hello", "layout", "copied", "fenced", "discarded", "grow", "report", "goodbye")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
-    OPENED_FIELD_NUMBER: _ClassVar[int]
     COPIED_FIELD_NUMBER: _ClassVar[int]
     FENCED_FIELD_NUMBER: _ClassVar[int]
     DISCARDED_FIELD_NUMBER: _ClassVar[int]
@@ -19,14 +18,13 @@ class FromTrainer(_message.Message):
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     layout: LayoutText
-    opened: Opened
     copied: Copied
     fenced: Fenced
     discarded: Discarded
     grow: Grow
     report: Report
     goodbye: Goodbye
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., layout: _Optional[_Union[LayoutText, _Mapping]] = ..., opened: _Optional[_Union[Opened, _Mapping]] = ..., copied: _Optional[_Union[Copied, _Mapping]] = ..., fenced: _Optional[_Union[Fenced, _Mapping]] = ..., discarded: _Optional[_Union[Discarded, _Mapping]] = ..., grow: _Optional[_Union[Grow, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., layout: _Optional[_Union[LayoutText, _Mapping]] = ..., copied: _Optional[_Union[Copied, _Mapping]] = ..., fenced: _Optional[_Union[Fenced, _Mapping]] = ..., discarded: _Optional[_Union[Discarded, _Mapping]] = ..., grow: _Optional[_Union[Grow, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ...) -> None: ...
 
 class FromAgent(_message.Message):
     __slots__ = ("welcome", "prepared", "grown", "failed")
@@ -41,7 +39,7 @@ class FromAgent(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., prepared: _Optional[_Union[Prepared, _Mapping]] = ..., grown: _Optional[_Union[Grown, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol", "version", "job", "rank", "world", "pid", "slots", "image_bytes", "table_bytes", "life")
+    __slots__ = ("protocol", "version", "job", "rank", "world", "pid", "slots", "image_bytes", "table_bytes", "life", "pid_namespace")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     JOB_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +50,7 @@ class Hello(_message.Message):
     IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     TABLE_BYTES_FIELD_NUMBER: _ClassVar[int]
     LIFE_FIELD_NUMBER: _ClassVar[int]
+    PID_NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     version: str
     job: str
@@ -62,7 +61,8 @@ class Hello(_message.Message):
     image_bytes: int
     table_bytes: int
     life: str
-    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., job: _Optional[str] = ..., rank: _Optional[int] = ..., world: _Optional[int] = ..., pid: _Optional[int] = ..., slots: _Optional[int] = ..., image_bytes: _Optional[int] = ..., table_bytes: _Optional[int] = ..., life: _Optional[str] = ...) -> None: ...
+    pid_namespace: str
+    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., job: _Optional[str] = ..., rank: _Optional[int] = ..., world: _Optional[int] = ..., pid: _Optional[int] = ..., slots: _Optional[int] = ..., image_bytes: _Optional[int] = ..., table_bytes: _Optional[int] = ..., life: _Optional[str] = ..., pid_namespace: _Optional[str] = ...) -> None: ...
 
 class SlotPlace(_message.Message):
     __slots__ = ("index", "path", "table_bytes", "image_bytes")
@@ -94,49 +94,43 @@ class LayoutText(_message.Message):
     text: bytes
     def __init__(self, number: _Optional[int] = ..., text: _Optional[bytes] = ...) -> None: ...
 
-class Opened(_message.Message):
-    __slots__ = ("slot", "run", "generation", "step", "watermark")
+class Copied(_message.Message):
+    __slots__ = ("slot", "token", "run", "generation", "step", "watermark", "layout", "image_bytes")
     SLOT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     WATERMARK_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     slot: int
+    token: int
     run: str
     generation: int
     step: int
     watermark: int
-    def __init__(self, slot: _Optional[int] = ..., run: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., watermark: _Optional[int] = ...) -> None: ...
-
-class Copied(_message.Message):
-    __slots__ = ("slot", "step", "layout", "image_bytes")
-    SLOT_FIELD_NUMBER: _ClassVar[int]
-    STEP_FIELD_NUMBER: _ClassVar[int]
-    LAYOUT_FIELD_NUMBER: _ClassVar[int]
-    IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
-    slot: int
-    step: int
     layout: int
     image_bytes: int
-    def __init__(self, slot: _Optional[int] = ..., step: _Optional[int] = ..., layout: _Optional[int] = ..., image_bytes: _Optional[int] = ...) -> None: ...
+    def __init__(self, slot: _Optional[int] = ..., token: _Optional[int] = ..., run: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., watermark: _Optional[int] = ..., layout: _Optional[int] = ..., image_bytes: _Optional[int] = ...) -> None: ...
 
 class Fenced(_message.Message):
-    __slots__ = ("slot", "step")
+    __slots__ = ("slot", "token")
     SLOT_FIELD_NUMBER: _ClassVar[int]
-    STEP_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
     slot: int
-    step: int
-    def __init__(self, slot: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
+    token: int
+    def __init__(self, slot: _Optional[int] = ..., token: _Optional[int] = ...) -> None: ...
 
 class Discarded(_message.Message):
-    __slots__ = ("slot", "step", "reason")
+    __slots__ = ("slot", "token", "reason")
     SLOT_FIELD_NUMBER: _ClassVar[int]
-    STEP_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     slot: int
-    step: int
+    token: int
     reason: str
-    def __init__(self, slot: _Optional[int] = ..., step: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    def __init__(self, slot: _Optional[int] = ..., token: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Grow(_message.Message):
     __slots__ = ("slot", "image_bytes", "table_bytes")
@@ -176,14 +170,14 @@ class Goodbye(_message.Message):
     def __init__(self) -> None: ...
 
 class Prepared(_message.Message):
-    __slots__ = ("slot", "step", "nonce")
+    __slots__ = ("slot", "token", "nonce")
     SLOT_FIELD_NUMBER: _ClassVar[int]
-    STEP_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
     NONCE_FIELD_NUMBER: _ClassVar[int]
     slot: int
-    step: int
+    token: int
     nonce: int
-    def __init__(self, slot: _Optional[int] = ..., step: _Optional[int] = ..., nonce: _Optional[int] = ...) -> None: ...
+    def __init__(self, slot: _Optional[int] = ..., token: _Optional[int] = ..., nonce: _Optional[int] = ...) -> None: ...
 
 class Grown(_message.Message):
     __slots__ = ("slot",)
@@ -192,14 +186,16 @@ class Grown(_message.Message):
     def __init__(self, slot: _Optional[_Union[SlotPlace, _Mapping]] = ...) -> None: ...
 
 class Failed(_message.Message):
-    __slots__ = ("slot", "step", "reason")
+    __slots__ = ("slot", "token", "reason", "left")
     SLOT_FIELD_NUMBER: _ClassVar[int]
-    STEP_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    LEFT_FIELD_NUMBER: _ClassVar[int]
     slot: int
-    step: int
+    token: int
     reason: str
-    def __init__(self, slot: _Optional[int] = ..., step: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    left: SlotPlace
+    def __init__(self, slot: _Optional[int] = ..., token: _Optional[int] = ..., reason: _Optional[str] = ..., left: _Optional[_Union[SlotPlace, _Mapping]] = ...) -> None: ...
 
 class Nothing(_message.Message):
     __slots__ = ()

@@ -29,10 +29,11 @@ class Binder:
         self._state = state
         self._ranks = ranks
         self._binding: Binding | None = None
-        self._exchange: tuple[Survey | None, Pending] | None = None
+        self._exchange: tuple[Survey | None, Pending[list[list[int]]]] | None = None
         self._torn: dict[str, int] = {}
         self._number = 0
         self._stale = False
+        self._shared: frozenset[str] = frozenset()
 
     @property
     def pending(self) -> bool:
@@ -44,17 +45,19 @@ class Binder:
         """Whether a layout was ever asked for."""
         return self._binding is not None or self.pending
 
-    def begin(self) -> None:
+    def begin(self, when: int) -> None:
         """Survey the state and begin the exchange. Collective; reads all bytes that are shared with replicas.
+
+        *when* counts the steps: a rank that comes to this late describes another state, and all must try again.
 
         Raises ``StateRefused`` after having taken part with nothing to share: the other ranks count on an answer.
         """
         try:
             survey = self._state.survey()
         except HoldfastError:
-            self._exchange = (None, self._ranks.exchange(sums(())))
+            self._exchange = (None, self._ranks.exchange(sums((), when)))
             raise
-        self._exchange = (survey, self._ranks.exchange(sums(survey.items)))
+        self._exchange = (survey, self._ranks.exchange(sums(survey.items, when)))
 
     def finish(self, timeout_s: float) -> bool:
         """Make the layout if the exchange ends in time; True if none is pending any more."""
@@ -66,21 +69,22 @@ class Binder:
         if gathered is None:
             return False
         self._exchange = None
-        if survey is None:
+        if survey is None or len({vector[0] for vector in gathered}) > 1:
             self._binding, self._stale = None, True
             return True
         held, split = confirmed([item.slice for item in survey.items], gathered, self._ranks.rank)
         for members in split:
             _log.warning("ranks %s should hold the same bytes and do not; each keeps its own copy", list(members))
         self._number += 1
-        layout = Layout.of(self._number, share(held, self._ranks.rank))
-        self._binding = bind(layout, survey, self._eager_names())
+        everyone = tuple(range(self._ranks.world))
+        self._shared = frozenset(piece.name for piece in held if piece.members == everyone)
+        self._bind(Layout.of(self._number, share(held, self._ranks.rank)), survey)
         return True
 
     def first(self, timeout_s: float) -> None:
         """The first layout of a run, with all ranks waiting for each other. Raises ``DeadlinePassed``."""
         if not self.started:
-            self.begin()
+            self.begin(0)
         if not self.finish(timeout_s):
             raise DeadlinePassed(f"not all {self._ranks.world} ranks described their state within {timeout_s:g} s")
 
@@ -98,8 +102,11 @@ class Binder:
             if [i.slice for i in survey.items] != [i.slice for i in self._binding.survey.items]:
                 self._stale = True
                 return None
-            self._binding = bind(self._binding.layout, survey, self._eager_names())
+            self._bind(self._binding.layout, survey)
         return self._binding
+
+    def _bind(self, layout: Layout, survey: Survey) -> None:
+        self._binding = bind(layout, survey, self._eager_names(), sorted(self._shared))
 
     def note_torn(self, names: list[str]) -> None:
         """Count tensors that were mutated in the window; those that make a habit of it become eager."""
@@ -110,7 +117,7 @@ class Binder:
                     "%s was mutated %d times while being copied; from now on it is copied eagerly", name, _TORN_LIMIT
                 )
         if self._binding is not None and self._eager_names() & set(self._binding.names):
-            self._binding = bind(self._binding.layout, self._binding.survey, self._eager_names())
+            self._bind(self._binding.layout, self._binding.survey)
 
     def forget(self) -> None:
         """The state was replaced (restore): start over."""

@@ -12,6 +12,7 @@ ckpt.close()
 from __future__ import annotations
 
 import logging
+import operator
 import os
 import time
 import uuid
@@ -35,7 +36,7 @@ from ..snapshot.beat import NONE, Agreed
 from ..snapshot.capture import Binding, Capture, Copier, copier_for
 from ..snapshot.codec import encode
 from ..snapshot.record import SnapshotId
-from ..snapshot.recovery import Held
+from ..snapshot.recovery import Held, plan
 from ..snapshot.state import TrainingState, to_leaf
 from .binder import Binder
 from .holding import Holding
@@ -188,8 +189,10 @@ class Checkpointer:
         self._state, image_bytes, table_bytes = together(
             self._ranks, "looking through the state", wait_s, lambda: _look_through(models, optimizers, extras)
         )
-        self._copier: Copier = copier_for(self._state.survey())
-        undo.callback(self._copier.close)
+        self._copier: Copier = together(
+            self._ranks, "preparing the copies", wait_s, lambda: copier_for(self._state.survey())
+        )
+        undo.callback(lambda: self._copier.close())
         self._binder = Binder(self._state, self._ranks)
 
         def attach() -> Holding:
@@ -205,13 +208,17 @@ class Checkpointer:
                 unmapping=self._unmapping,
             )
             undo.callback(holding.close, ended=False)
+            for slot in holding.slots:
+                self._copier.prepare(slot)
             return holding
 
         self._holding = together(self._ranks, "attaching to the agents", wait_s, attach)
         self._slot_count = slots
         self._found: list[Held] | None = self._begin_run()
         for optimizer in self._state.optimizers.values():
-            self._torch_hooks.append(optimizer.register_step_pre_hook(lambda *_: self.fence()))
+            hook = optimizer.register_step_pre_hook(lambda *_: self.fence())
+            undo.callback(hook.remove)
+            self._torch_hooks.append(hook)
 
     # -- the training loop -------------------------------------------------------------------------------------------
 
@@ -224,14 +231,17 @@ class Checkpointer:
         Returns:
             The ticket of the snapshot, or None if none was due.
         """
-        if step % self._every == 0:
+        if _natural(step) % self._every == 0:
             return self.snapshot(step)
-        self._end_step(step, wanted=False)
+        self._end_step(_natural(step), wanted=False)
         return None
 
     def snapshot(self, step: int) -> Ticket:
-        """Take a snapshot of the state after *step* now, whether due or not. Returns at once; see ``wait``."""
-        return self._end_step(step, wanted=True)
+        """Take a snapshot of the state after *step* now, whether due or not. Returns at once; see ``wait``.
+
+        Raises ``ConfigError`` if *step* is no natural number.
+        """
+        return self._end_step(_natural(step), wanted=True)
 
     def fence(self) -> None:
         """Call before anything changes parameters or optimizer state; done by a hook for torch's optimizers.
@@ -240,6 +250,7 @@ class Checkpointer:
         """
         with self._guard("fence"):
             self._close_window()
+            self._copier.fence(self._deadlines.fence)  # again: another stream may be about to mutate
         with self._guard("beat"):
             if self._binder.started:
                 self._pulse.start(self._standing)
@@ -315,9 +326,10 @@ class Checkpointer:
             self._settle_flight()
         for handle in self._torch_hooks:
             handle.remove()
-        self._copier.close()
-        self._holding.close(ended=ended)
-        self._ranks.close()
+        # Each by itself: whatever one meets, the others let go too.
+        for part in (self._copier.close, lambda: self._holding.close(ended=ended), self._ranks.close):
+            with self._guard("close"):
+                part()
 
     def __enter__(self) -> Self:
         return self
@@ -333,10 +345,11 @@ class Checkpointer:
         ticket = Ticket(step, "trouble")
         with self._guard("fence"):
             self._close_window()
-        with self._guard("step"):
+        with self._guard("layout"):
             if not self._binder.started:
                 self._start_fresh_or_not(step)
                 self._binder.first(self._deadlines.attach)
+        with self._guard("step"):
             verdict = self._pulse.harvest(step, wanted, self._standing, self._deadlines.beat)
             if verdict.take:
                 ticket = self._take(step)
@@ -344,7 +357,8 @@ class Checkpointer:
                 reason = (self._objection or "another-rank") if verdict.reason == "not-able" else verdict.reason
                 self._skip(reason)
                 ticket = Ticket(step, reason)
-        self._account(step)
+        with self._guard("report"):
+            self._account(step)
         return ticket
 
     def _start_fresh_or_not(self, step: int) -> None:
@@ -355,16 +369,17 @@ class Checkpointer:
         self._found = None
 
     def _take(self, step: int) -> Ticket:
-        """Begin the snapshot that all ranks agreed on. If this rank cannot, it gives it up for all."""
+        """Begin the snapshot that all ranks agreed on. If this rank cannot, it holds nothing for it, which the next beat
+        tells the others."""
         id = self._id(step)
         try:
             reason = self._begin(id)
         except Exception as error:
-            self._give_up(id, str(error))
+            self._flight = None
+            self._holding.discard(id, str(error))
             raise
         if reason is not None:
             self._skip(reason)
-            self._give_up(id, reason)
             return Ticket(step, reason)
         self._stats.taken += 1
         return Ticket(step, None, id)
@@ -381,12 +396,15 @@ class Checkpointer:
             id, keep=self._keep(), image_bytes=image_bytes, table_bytes=_table_bytes(image_bytes, len(binding.text))
         )
         if slot is None:
-            return self._holding.objection() or "slots-busy"
+            return (
+                "over-budget" if self._holding.over_budget(image_bytes) else self._holding.objection() or "slots-busy"
+            )
         self._holding.describe(binding.layout.number, binding.text)
         encoded.write_into(slot.image[offset:])
         capture = Capture(binding, self._copier)
-        capture.start(slot, lambda seconds: self._copied(id, binding, image_bytes, seconds))
         self._flight = _Flight(id, capture)
+        capture.start(slot, lambda seconds: self._copied(id, binding, image_bytes, seconds))
+        self._digest = capture.digest
         return None
 
     def _copied(self, id: SnapshotId, binding: Binding, image_bytes: int, seconds: float) -> None:
@@ -402,12 +420,12 @@ class Checkpointer:
         try:
             flight.capture.fence(self._deadlines.fence)
         except Exception as error:
-            self._give_up(flight.id, str(error))
+            self._holding.discard(flight.id, str(error))
             raise
         torn = flight.capture.torn()
         if torn:
             self._skip("torn")
-            self._give_up(flight.id, "torn")
+            self._holding.discard(flight.id, "torn")
             self._binder.note_torn(torn)
             raise SnapshotSkipped(
                 f"{flight.id} was discarded: {', '.join(torn[:5])} changed between step() and the optimizer's step; "
@@ -425,13 +443,18 @@ class Checkpointer:
     # -- what this rank knows ----------------------------------------------------------------------------------------
 
     def _standing(self) -> Standing:
-        """The facts that this rank contributes to the next beat."""
-        self._objection = self._object()
+        """The facts that this rank contributes to the next beat. Never raises: the others count on a contribution."""
+        try:
+            self._objection = self._object()
+        except Exception as error:  # noqa: BLE001 - see above
+            self._objection = f"error: {type(error).__name__}"
+            self._log_trouble("beat", error)
         return Standing(
-            sealed=frozenset(id.step for id in self._holding.sealed() if id.run == self._run),
+            held={id.step: sealed for id, sealed in self._holding.held().items() if id.run == self._run},
             able=not self._objection,
             relayout=self._binder.stale,
             busy_us=int((time.monotonic() - self._step_began_s) * 1e6),
+            digest=self._digest,
         )
 
     def _object(self) -> str:
@@ -451,18 +474,16 @@ class Checkpointer:
         started_from = self._restored.step if self._restored else NONE
         return self._floor if watermark == started_from else self._id(watermark)
 
-    def _give_up(self, id: SnapshotId, reason: str) -> None:
-        """Have nothing to show for *id*; the other ranks hear of it with the next beat."""
-        self._holding.discard(id, reason)
-        self._pulse.give_up(id.step)
-
     def _dropped(self, step: int) -> None:
         """All ranks gave *step* up because one of them had to."""
-        if self._flight is not None and self._flight.id.step == step:
-            self._flight = None
-        if any(id == self._id(step) for id in self._holding.sealed()):
+        if self._id(step) in self._holding.held():
             self._skip("discarded-elsewhere")
-        self._holding.discard(self._id(step), "another rank gave it up")
+            self._holding.discard(self._id(step), "another rank gave it up")
+
+    def _lay_out(self, ordinal: int) -> None:
+        """All ranks agreed to lay their state out anew."""
+        self._digest = None
+        self._binder.begin(ordinal)
 
     # -- runs --------------------------------------------------------------------------------------------------------
 
@@ -475,14 +496,15 @@ class Checkpointer:
         self._run = names[0].decode()
         self._generation = 1 + max((held.id.generation for held in found), default=0)
         # What the job would go back to until this run has a complete snapshot of its own; never overwritten before.
-        self._floor = restored or max(self._holding.sealed(), default=None)
+        self._floor = restored or plan(found, self._ranks.world).chosen or max(self._holding.held(), default=None)
         self._restored = restored
+        self._digest: int | None = None
         self._pulse = Pulse(
             self._ranks,
             self._slot_count,
             Agreed(watermark=restored.step if restored else NONE),
             dropped=self._dropped,
-            relayout=self._binder.begin,
+            relayout=self._lay_out,
         )
         return found
 
@@ -552,6 +574,16 @@ class Checkpointer:
                 last_copy_s=self._stats.copy_s,
             )
         )
+
+
+def _natural(step: int) -> int:
+    try:
+        number = operator.index(step)
+    except TypeError as error:
+        raise ConfigError(f"step {step!r} is a {type(step).__name__}; a natural number is needed") from error
+    if not 0 <= number < 1 << 53:
+        raise ConfigError(f"step {number} is out of range; a natural number below 2**53 is needed")
+    return number
 
 
 def _by_name(given: Any) -> dict[str, Any]:

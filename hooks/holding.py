@@ -8,6 +8,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 from ..agent import wire_pb2 as wire
@@ -15,19 +16,30 @@ from ..agent.client import AgentClient, Attachment, hello, place_of
 from ..agent.launch import ensure_agent
 from ..agent.settings import NodeSettings
 from ..crashpoints import reach
-from ..errors import DeadlinePassed, HoldfastError, SnapshotSkipped
+from ..errors import AgentUnreachable, DeadlinePassed, HoldfastError, SnapshotSkipped
 from ..snapshot.arena import Place, Slot
 from ..snapshot.beat import NONE
-from ..snapshot.record import SnapshotId
+from ..snapshot.record import SnapshotId, new_token
 from ..snapshot.slots import Event, SlotState, Stage, find, overwritable
 
 _log = logging.getLogger(__name__)
 _RETRY_FROM_S: Final = 0.05
 _RETRY_UP_TO_S: Final = 2.0
+_NEVER: Final = 1 << 62  # no image is that large
+
+
+@dataclass(slots=True)
+class _Flight:
+    """What is on its way into a slot: its token, the watermark when it began, what the agent was told, its answer."""
+
+    token: int
+    watermark: int
+    copied: wire.FromTrainer | None = None
+    nonce: int | None = None
 
 
 class Holding:
-    """What is held for this rank. Thread safe; only ``wait_sealed`` and the constructor block.
+    """What is held for this rank. Thread safe; only the constructor, ``wait_sealed``, ``inventory`` and ``close`` wait.
 
     Attributes:
         alone: the agent has no peers, so nothing can be protected against the loss of this node.
@@ -62,8 +74,8 @@ class Holding:
         self._changed = threading.Condition(threading.RLock())
         self._states: list[SlotState] = []
         self._slots: list[Slot] = []
-        self._nonces: dict[int, int] = {}
-        self._flights: dict[int, list[wire.FromTrainer]] = {}
+        self._flights: dict[int, _Flight] = {}
+        self._refused_bytes = _NEVER
         self._layout: wire.FromTrainer | None = None
         self._attachment: Attachment | None = None
         self._closed = False
@@ -86,8 +98,12 @@ class Holding:
             growing = any(s.stage is Stage.GROWING for s in self._states)
             return "slot-growing" if growing else "slots-busy"
 
+    def over_budget(self, image_bytes: int) -> bool:
+        """Whether the agent has refused a slot for an image of that size."""
+        return image_bytes >= self._refused_bytes
+
     def open(self, id: SnapshotId, *, keep: SnapshotId | None, image_bytes: int, table_bytes: int) -> Slot | None:
-        """A slot for snapshot *id*, unsealed and announced; None if there is none, or it must grow first.
+        """A slot for snapshot *id*, unsealed; None if there is none, or it must grow first.
 
         Args:
             id: what it will hold.
@@ -102,14 +118,12 @@ class Holding:
             if not slot.place.holds(table_bytes, image_bytes):
                 self._grow(index, image_bytes, table_bytes)
                 return None
+            flight = _Flight(new_token(), keep.step if keep is not None and keep.run == id.run else NONE)
             reach("capture.before-open")
-            slot.open_for(id.step)
+            slot.open_for(flight.token)
             reach("capture.opened")
             self._states[index] = self._states[index].after(Event.OPEN, id)
-            self._nonces.pop(index, None)
-            watermark = keep.step if keep is not None and keep.run == id.run else NONE
-            opened = wire.Opened(slot=index, run=id.run, generation=id.generation, step=id.step, watermark=watermark)
-            self._flights[index] = [wire.FromTrainer(opened=opened)]
+            self._flights[index] = flight
             return slot
 
     def describe(self, number: int, text: bytes) -> None:
@@ -120,15 +134,19 @@ class Holding:
                 self._send(self._layout)
 
     def copied(self, id: SnapshotId, layout: int, image_bytes: int) -> None:
-        """Every byte of the image is in its slot."""
+        """Every byte of the image is in its slot. Only now does the agent hear of it: a message takes the interpreter
+        for a moment, and on the copying thread that moment is not the training's."""
         with self._changed:
             index = find(self._states, id)
-            if index is not None:
-                # Only now does the agent hear of it at all: a message takes the interpreter for a moment, and here, on
-                # the copying thread, that moment is not the training's.
-                self._send(self._flights[index][0])
-                copied = wire.Copied(slot=index, step=id.step, layout=layout, image_bytes=image_bytes)
-                self._tell_of_flight(index, wire.FromTrainer(copied=copied))
+            if index is None:
+                return
+            flight = self._flights[index]
+            copied = wire.Copied(
+                slot=index, token=flight.token, run=id.run, generation=id.generation, step=id.step,
+                watermark=flight.watermark, layout=layout, image_bytes=image_bytes,
+            )  # fmt: skip
+            flight.copied = wire.FromTrainer(copied=copied)
+            self._tell_of_flight(index)
 
     def fenced(self, id: SnapshotId) -> None:
         """The copy is exact: seal the snapshot, now or as soon as the agent has written its record."""
@@ -140,8 +158,8 @@ class Holding:
             self._states[index] = self._states[index].after(Event.FENCED)
             self._commit_if_due(index)
             reach("fence.committed")
-            if self._states[index].stage is Stage.CLEAN:  # should we die before the record is there, the agent commits
-                self._tell_of_flight(index, wire.FromTrainer(fenced=wire.Fenced(slot=index, step=id.step)))
+            if self._states[index].stage is Stage.CLEAN and self._flights[index].copied is not None:
+                self._send_fenced(index)
 
     def discard(self, id: SnapshotId, reason: str) -> None:
         """Give a snapshot up; its slot is free."""
@@ -151,8 +169,10 @@ class Holding:
                 return
             self._slots[index].unseal()
             self._states[index] = self._states[index].after(Event.DISCARDED)
-            self._flights.pop(index, None)
-            self._send(wire.FromTrainer(discarded=wire.Discarded(slot=index, step=id.step, reason=reason)))
+            flight = self._flights.pop(index, None)
+            if flight is not None and flight.copied is not None:
+                discarded = wire.Discarded(slot=index, token=flight.token, reason=reason)
+                self._send(wire.FromTrainer(discarded=discarded))
             self._changed.notify_all()
 
     def discard_newer(self, than: SnapshotId) -> list[SnapshotId]:
@@ -168,12 +188,18 @@ class Holding:
         with self._changed:
             self._send(wire.FromTrainer(report=report))
 
+    @property
+    def slots(self) -> list[Slot]:
+        """The mapped slots."""
+        with self._changed:
+            return list(self._slots)
+
     # -- questions ---------------------------------------------------------------------------------------------------
 
-    def sealed(self) -> list[SnapshotId]:
-        """What is sealed in this rank's slots."""
+    def held(self) -> dict[SnapshotId, bool]:
+        """What is in this rank's slots, or on its way there; and whether it is sealed."""
         with self._changed:
-            return [s.id for s in self._states if s.stage is Stage.SEALED and s.id is not None]
+            return {s.id: s.stage is Stage.SEALED for s in self._states if s.id is not None}
 
     def wait_sealed(self, id: SnapshotId, timeout_s: float) -> None:
         """Return once *id* is sealed here.
@@ -216,23 +242,27 @@ class Holding:
 
     def _commit_if_due(self, index: int) -> None:
         if self._states[index].stage is Stage.SEALED:
-            self._slots[index].commit(self._nonces.pop(index))
+            nonce = self._flights.pop(index).nonce
+            assert nonce is not None
+            self._slots[index].commit(nonce)
             self._changed.notify_all()
 
     def _grow(self, index: int, image_bytes: int, table_bytes: int) -> None:
         """Have the agent replace the slot. Ours is unmapped first, so that its memory is free for the new one."""
+        if image_bytes >= self._refused_bytes:
+            return
         slot = self._slots[index]
         slot.unseal()
         self._states[index] = self._states[index].after(Event.OUTGROWN)
         self._unmapping(slot)
         slot.close()
-        place = slot.place
-        larger = (max(image_bytes, place.image_bytes), max(table_bytes, place.table_bytes))
+        larger = (max(image_bytes, slot.place.image_bytes), max(table_bytes, slot.place.table_bytes))
         self._hello.image_bytes, self._hello.table_bytes = larger
         _log.info("slot %d of rank %d grows to %d bytes", index, self._rank, larger[0])
         self._send(wire.FromTrainer(grow=wire.Grow(slot=index, image_bytes=larger[0], table_bytes=larger[1])))
 
     def _grown(self, place: Place) -> None:
+        """The agent has replaced the slot, or could not and left it as it was: map it again."""
         slot = Slot.open(place)
         slot.prefault()
         with self._changed:
@@ -246,10 +276,17 @@ class Holding:
         if self._attachment is not None:
             self._attachment.send(message)
 
-    def _tell_of_flight(self, index: int, message: wire.FromTrainer) -> None:
-        """Send, and remember: an agent that takes over in mid-flight is told again."""
-        self._flights.setdefault(index, []).append(message)
-        self._send(message)
+    def _tell_of_flight(self, index: int) -> None:
+        """Tell the agent, or its successor, of an image that is whole and not yet recorded."""
+        copied = self._flights[index].copied
+        if copied is not None:
+            self._send(copied)
+            if self._states[index].stage is Stage.CLEAN:
+                self._send_fenced(index)
+
+    def _send_fenced(self, index: int) -> None:
+        fenced = wire.Fenced(slot=index, token=self._flights[index].token)
+        self._send(wire.FromTrainer(fenced=fenced))
 
     def _attach(self, timeout_s: float) -> None:
         deadline_s = time.monotonic() + timeout_s
@@ -261,42 +298,52 @@ class Holding:
             lost=self._lost,
             timeout_s=max(deadline_s - time.monotonic(), 1.0),
         )
-        with self._changed:
-            places = [place_of(slot, self._rank) for slot in attachment.welcome.slots]
-            for place in places:
-                self._adopt(place)
-            self.alone = attachment.welcome.alone
-            self._attachment = attachment
-            self._resume()
-            self._changed.notify_all()
+        try:
+            # Mapping takes its time, and the training thread must not wait for it: the lock comes after.
+            fresh = [self._map(place_of(slot, self._rank)) for slot in attachment.welcome.slots]
+            self._take_on(attachment, fresh)
+        except BaseException:
+            attachment.close(goodbye=False)
+            raise
 
-    def _adopt(self, place: Place) -> None:
-        """Map the slot that the agent offers, unless it is the one that is mapped already."""
+    def _map(self, place: Place) -> Slot | None:
+        """The slot that the agent offers, mapped; None if it is the one that is mapped already."""
         if place.index < len(self._slots):
-            old, state = self._slots[place.index], self._states[place.index]
-            if state.stage is not Stage.GROWING:
-                if os.stat(place.path).st_ino == old.inode and place == old.place:
-                    return
-                self._unmapping(old)
-                old.close()
+            old = self._slots[place.index]
+            if os.stat(place.path).st_ino == old.inode and place == old.place and old.image.nbytes:
+                return None
         slot = Slot.open(place)
         slot.prefault()
+        return slot
+
+    def _take_on(self, attachment: Attachment, fresh: list[Slot | None]) -> None:
+        with self._changed:
+            if self._closed:
+                raise AgentUnreachable("this trainer has detached meanwhile")
+            for index, slot in enumerate(fresh):
+                if slot is not None:
+                    self._adopt(index, slot)
+            self.alone = attachment.welcome.alone
+            self._attachment = attachment
+            self._refused_bytes = _NEVER
+            if self._layout is not None:
+                self._send(self._layout)
+            for index, state in enumerate(self._states):
+                if state.stage in (Stage.COPYING, Stage.CLEAN):  # a recorded one needs nothing more from any agent
+                    self._tell_of_flight(index)
+            self._changed.notify_all()
+
+    def _adopt(self, index: int, slot: Slot) -> None:
+        """Take the slot in place of what was there. A flight in it is gone; the next beat tells the other ranks."""
+        if index < len(self._slots):
+            self._unmapping(self._slots[index])
+            self._slots[index].close()
         record = slot.sealed_record()
-        state = SlotState(Stage.SEALED, record.id) if record is not None else SlotState()
         if record is None:
             slot.unseal()
-        self._slots[place.index : place.index + 1] = [slot]
-        self._states[place.index : place.index + 1] = [state]
-        self._flights.pop(place.index, None)
-
-    def _resume(self) -> None:
-        """Tell a new agent of the snapshots in flight. A recorded one needs nothing more from any agent."""
-        if self._layout is not None:
-            self._send(self._layout)
-        for index, state in enumerate(self._states):
-            if state.stage in (Stage.COPYING, Stage.CLEAN) and len(self._flights.get(index, [])) > 1:
-                for message in self._flights.get(index, []):
-                    self._send(message)
+        self._slots[index : index + 1] = [slot]
+        self._states[index : index + 1] = [SlotState(Stage.SEALED, record.id) if record else SlotState()]
+        self._flights.pop(index, None)
 
     def _hear(self, message: wire.FromAgent) -> None:
         kind = message.WhichOneof("kind")
@@ -309,27 +356,30 @@ class Holding:
 
     def _prepared(self, prepared: wire.Prepared) -> None:
         with self._changed:
-            state = self._states[prepared.slot]
-            if state.id is None or state.id.step != prepared.step or state.stage not in (Stage.COPYING, Stage.CLEAN):
+            flight = self._flights.get(prepared.slot)
+            if flight is None or flight.token != prepared.token or flight.nonce is not None:
                 return  # given up meanwhile
-            self._nonces[prepared.slot] = prepared.nonce
-            self._states[prepared.slot] = state.after(Event.PREPARED)
+            flight.nonce = prepared.nonce
+            self._states[prepared.slot] = self._states[prepared.slot].after(Event.PREPARED)
             self._commit_if_due(prepared.slot)
 
     def _failed(self, failed: wire.Failed) -> None:
         _log.warning("the agent could not do its part for slot %d: %s", failed.slot, failed.reason)
+        if not failed.token:
+            self._refused_bytes = self._hello.image_bytes
+            if failed.HasField("left"):
+                self._grown(place_of(failed.left, self._rank))
+            return
         with self._changed:
-            state = self._states[failed.slot]
-            if state.stage is Stage.GROWING:  # it has no memory now; the agent's next offer brings one
-                return
-            if state.id is not None and state.id.step == failed.step:
-                self.discard(state.id, failed.reason)
+            flight, id = self._flights.get(failed.slot), self._states[failed.slot].id
+            if flight is not None and id is not None and flight.token == failed.token:
+                self.discard(id, failed.reason)
 
-    def _lost(self, reason: HoldfastError) -> None:
+    def _lost(self, attachment: Attachment, reason: HoldfastError) -> None:
         with self._changed:
+            if self._closed or self._attachment is not attachment:
+                return  # one that was never taken on
             self._attachment = None
-            if self._closed:
-                return
         _log.warning("%s; snapshots are skipped until it is back", reason)
         threading.Thread(target=self._reattach, name="holdfast-reattach", daemon=True).start()
 
@@ -339,7 +389,7 @@ class Holding:
         while not self._closed:
             try:
                 self._attach(timeout_s=30.0)
-            except (HoldfastError, OSError) as error:
+            except Exception as error:  # noqa: BLE001 - a thread ends here, and with it all hope of another agent
                 if str(error) != last:
                     _log.warning("the agent is still away: %s", error)
                 last = str(error)

@@ -5,10 +5,10 @@ What is concluded is decided in ``snapshot.beat``; here is only when to start, h
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ..snapshot.beat import NONE, Agreed, Facts, Verdict, complete_here, settle
+from ..snapshot.beat import NONE, UNKNOWN, Agreed, Facts, Verdict, complete_here, settle
 from .ranks import Pending, Ranks
 
 
@@ -17,27 +17,38 @@ class _UnderWay:
     """One beat: its ordinal, its operation, and, once the step's end was reached, which step that was."""
 
     ordinal: int
-    pending: Pending
+    pending: Pending[list[list[int]]]
     step: int | None = None
     wanted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """What this rank can say of itself for the next beat."""
+    """What this rank can say of itself for the next beat.
 
-    sealed: frozenset[int]
+    Attributes:
+        held: steps of this run that are in this rank's slots or on their way there; and whether they are sealed.
+        able: no objection to a snapshot.
+        relayout: the state's structure has changed.
+        busy_us: duration of the running step so far, in microseconds.
+        digest: of what this rank's replicas should share with it, sampled with the newest snapshot; None if unknown.
+    """
+
+    held: Mapping[int, bool]
     able: bool
     relayout: bool
     busy_us: int
+    digest: int | None = None
 
 
 class Pulse:
     """The beats of one rank. Not thread safe: all calls come from the training thread.
 
+    A step that was agreed to be taken, and is not held here, is one that this rank had to give up, for whatever reason: it
+    tells the others until they know.
+
     Attributes:
         agreed: what all ranks have concluded so far.
-        waiting: steps that were agreed to be taken and that this rank gave up; told to the others until they know.
     """
 
     def __init__(
@@ -47,12 +58,13 @@ class Pulse:
         agreed: Agreed,
         *,
         dropped: Callable[[int], None],
-        relayout: Callable[[], None],
+        relayout: Callable[[int], None],
     ) -> None:
         """*dropped* is called for each outstanding step that is given up because some rank could not keep it.
 
         *relayout* is called when all ranks have agreed to lay their state out anew; it begins a collective, which thereby
-        comes at the same place in the sequence of collectives on every rank, however late this one learns of it.
+        comes at the same place in the sequence of collectives on every rank, however late this one learns of it; it is told
+        the ordinal of the step.
         """
         self.agreed = agreed
         self._ranks = ranks
@@ -61,34 +73,32 @@ class Pulse:
         self._relayout = relayout
         self._ordinal = 0  # of the step now running
         self._beat: _UnderWay | None = None
-        self._given_up: set[int] = set()
-
-    def give_up(self, step: int) -> None:
-        """This rank has nothing to show for *step*; no rank shall keep it."""
-        self._given_up.add(step)
 
     def start(self, standing: Callable[[], Standing]) -> None:
         """Begin the running step's beat, unless it has begun, an older one is still under way, or ranks must align."""
         if self._beat is not None and self._beat.step is not None:
-            self._settle(timeout_s=0.0, late=True)
+            self._settle(timeout_s=0.0)  # it was late: should its step have been taken, it is not held here
         if self._beat is None and self._ordinal >= self.agreed.resume_at:
             facts = self._facts(standing())
             self._beat = _UnderWay(self._ordinal, self._ranks.reduce_min(facts.to_vector()))
 
     def harvest(self, step: int, wanted: bool, standing: Callable[[], Standing], timeout_s: float) -> Verdict:
         """End the running step: the verdict on it, waiting for the other ranks at most *timeout_s*."""
-        self.start(standing)
-        ordinal, self._ordinal = self._ordinal, self._ordinal + 1
+        ordinal = self._ordinal
+        try:
+            self.start(standing)
+        finally:
+            self._ordinal = ordinal + 1  # whatever happens here: ranks that count differently never meet again
         if self._beat is None:
             return Verdict(False, "ranks-apart" if wanted else None)
         mine = self._beat.ordinal == ordinal
         if mine:
             self._beat.step, self._beat.wanted = step, wanted
-        verdict = self._settle(timeout_s, late=False) if mine else None
+        verdict = self._settle(timeout_s) if mine else None
         return verdict or Verdict(False, "beat-late" if wanted else None)
 
-    def _settle(self, timeout_s: float, *, late: bool) -> Verdict | None:
-        """Conclude the beat under way if its answer comes in time. *late*: its step is over, and cannot be taken now."""
+    def _settle(self, timeout_s: float) -> Verdict | None:
+        """Conclude the beat under way if its answer comes in time."""
         beat = self._beat
         assert beat is not None
         assert beat.step is not None
@@ -102,25 +112,24 @@ class Pulse:
         )
         for step in before.outstanding:
             if step not in self.agreed.outstanding and step > self.agreed.watermark:
-                self._given_up.discard(step)
                 self._dropped(step)
-        if late and verdict.take:
-            self.give_up(beat.step)
         if verdict.relayout:
-            self._relayout()
+            self._relayout(self._ordinal)
         return verdict
 
     def _facts(self, standing: Standing) -> Facts:
-        owed = [step for step in self.agreed.outstanding if step in self._given_up]
+        owed = [step for step in self.agreed.outstanding if step not in standing.held]
         newest = max([self.agreed.watermark, *self.agreed.outstanding])
         return Facts(
             first_beat=self._ordinal,
             last_beat=self._ordinal,
             first_taken=newest,
             last_taken=newest,
-            complete=complete_here(self.agreed, standing.sealed - self._given_up),
+            complete=complete_here(self.agreed, frozenset(step for step, sealed in standing.held.items() if sealed)),
             discarded=max(owed, default=NONE),
             able=standing.able,
             relayout=standing.relayout,
             busy_us=standing.busy_us,
+            low_digest=UNKNOWN if standing.digest is None else standing.digest,
+            high_digest=UNKNOWN if standing.digest is None else standing.digest,
         )

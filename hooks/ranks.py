@@ -6,44 +6,42 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from ..errors import DeadlinePassed
+from ..errors import DeadlinePassed, PeerFailed
 
 # gloo gives up on a group whose operation takes longer. Far above any wait of ours, each of which has its own deadline:
 # a rank that is merely slow must not break the group.
 _GROUP_TIMEOUT_S: Final = 3600.0
+Answer = TypeVar("Answer")
 
 
-class Pending:
+class Pending(Generic[Answer]):
     """An operation under way; ``result`` may be asked again after it was late."""
 
-    def __init__(self, works: Sequence[Any], finish: Callable[[], list[list[int]]]) -> None:
-        self._works = list(works)
-        self._finish = finish
+    def __init__(self, work: Any, finish: Callable[[], Answer]) -> None:
+        """*work* is torch's handle, None if there is nothing to wait for."""
+        self.work = work
+        self.finish = finish
 
-    def result(self, timeout_s: float) -> list[list[int]] | None:
-        """One vector per contributor of the answer, or None if it is not there within *timeout_s*."""
-        deadline_s = time.monotonic() + timeout_s
-        while self._works:
-            work = self._works[0]
-            if not work.is_completed():
-                left_s = deadline_s - time.monotonic()
-                if left_s <= 0:
+    def result(self, timeout_s: float) -> Answer | None:
+        """The answer, or None if it is not there within *timeout_s*. Raises ``RuntimeError`` if the operation failed."""
+        if self.work is not None and not self.work.is_completed():
+            if timeout_s <= 0:
+                return None
+            try:
+                self.work.wait(timedelta(seconds=max(timeout_s, 0.001)))  # what rounds to 0 ms waits without end
+            except RuntimeError:
+                if not self.work.is_completed():
                     return None
-                try:
-                    work.wait(timedelta(seconds=left_s))
-                except RuntimeError:
-                    if not work.is_completed():
-                        return None
-                    raise
-            else:
-                work.wait()
-            self._works.pop(0)
-        return self._finish()
+                raise
+        if self.work is not None:
+            self.work.wait()  # completed: this only raises what went wrong
+        return self.finish()
 
 
 class Ranks(ABC):
@@ -58,14 +56,15 @@ class Ranks(ABC):
 
         Raises:
             DeadlinePassed: not all ranks came; names *what* was done, and the ranks that did not.
+            PeerFailed: a rank went away in the middle of it.
         """
 
     @abstractmethod
-    def reduce_min(self, vector: Sequence[int]) -> Pending:
+    def reduce_min(self, vector: Sequence[int]) -> Pending[list[list[int]]]:
         """Begin an elementwise minimum over all ranks; the answer is one vector. Collective, never blocks."""
 
     @abstractmethod
-    def exchange(self, vector: Sequence[int]) -> Pending:
+    def exchange(self, vector: Sequence[int]) -> Pending[list[list[int]]]:
         """Begin to gather one int64 vector per rank, all of one length. Collective, never blocks."""
 
     def close(self) -> None:
@@ -81,11 +80,11 @@ class Alone(Ranks):
     def gather(self, payload: bytes, what: str, timeout_s: float) -> list[bytes]:
         return [payload]
 
-    def reduce_min(self, vector: Sequence[int]) -> Pending:
-        return Pending([], lambda: [list(vector)])
+    def reduce_min(self, vector: Sequence[int]) -> Pending[list[list[int]]]:
+        return Pending(None, lambda: [list(vector)])
 
-    def exchange(self, vector: Sequence[int]) -> Pending:
-        return Pending([], lambda: [list(vector)])
+    def exchange(self, vector: Sequence[int]) -> Pending[list[list[int]]]:
+        return Pending(None, lambda: [list(vector)])
 
 
 class Group(Ranks):
@@ -106,26 +105,34 @@ class Group(Ranks):
             dist.monitored_barrier(self._group, timedelta(seconds=timeout_s), wait_all_ranks=True)
         except RuntimeError as error:
             raise DeadlinePassed(f"{what}: not all {self.world} ranks came within {timeout_s:g} s: {error}") from error
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
-        dist.all_gather(lengths, torch.tensor([len(payload)]), group=self._group)
-        longest = max(int(length) for length in lengths)
-        if longest == 0:
-            return [b""] * self.world
-        mine = torch.zeros(longest, dtype=torch.uint8)
-        mine[: len(payload)] = torch.frombuffer(bytearray(payload or b"\0"), dtype=torch.uint8)[: len(payload)]
-        parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.world)]
-        dist.all_gather(parts, mine, group=self._group)
-        return [part[: int(length)].numpy().tobytes() for part, length in zip(parts, lengths, strict=True)]
+        deadline_s = time.monotonic() + timeout_s
+        lengths = [int(n) for n in self._await(self._all_gather(torch.tensor([len(payload)])), what, deadline_s)]
+        mine = torch.zeros(max(1, *lengths), dtype=torch.uint8)
+        mine[: len(payload)] = torch.from_numpy(np.frombuffer(payload, np.uint8).copy())
+        parts = self._await(self._all_gather(mine), what, deadline_s)
+        return [part[:length].numpy().tobytes() for part, length in zip(parts, lengths, strict=True)]
 
-    def reduce_min(self, vector: Sequence[int]) -> Pending:
+    def reduce_min(self, vector: Sequence[int]) -> Pending[list[list[int]]]:
         values = torch.tensor(vector, dtype=torch.int64)
         work = dist.all_reduce(values, dist.ReduceOp.MIN, group=self._group, async_op=True)
-        return Pending([work], lambda: [values.tolist()])
+        return Pending(work, lambda: [values.tolist()])
 
-    def exchange(self, vector: Sequence[int]) -> Pending:
-        parts = [torch.zeros(len(vector), dtype=torch.int64) for _ in range(self.world)]
-        work = dist.all_gather(parts, torch.tensor(vector, dtype=torch.int64), group=self._group, async_op=True)
-        return Pending([work], lambda: [part.tolist() for part in parts])
+    def exchange(self, vector: Sequence[int]) -> Pending[list[list[int]]]:
+        pending = self._all_gather(torch.tensor(vector, dtype=torch.int64))
+        return Pending(pending.work, lambda: [part.tolist() for part in pending.finish()])
+
+    def _all_gather(self, mine: torch.Tensor) -> Pending[list[torch.Tensor]]:
+        parts = [torch.empty_like(mine) for _ in range(self.world)]
+        return Pending(dist.all_gather(parts, mine, group=self._group, async_op=True), lambda: parts)
+
+    def _await(self, pending: Pending[list[torch.Tensor]], what: str, deadline_s: float) -> list[torch.Tensor]:
+        try:
+            parts = pending.result(deadline_s - time.monotonic())
+        except RuntimeError as error:
+            raise PeerFailed(f"{what}: another rank went away: {error}") from error
+        if parts is None:
+            raise DeadlinePassed(f"{what}: not all {self.world} ranks answered in time")
+        return parts
 
     def close(self) -> None:
         if dist.is_initialized():

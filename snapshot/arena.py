@@ -31,7 +31,7 @@ from ..crashpoints import reach
 from ..erasure.kernel import block_checksums, crc32c
 from ..errors import BudgetExceeded, ConfigError, Corrupt
 from .layout import Layout, align
-from .record import RECORD_BYTES, Record, opening_mark
+from .record import RECORD_BYTES, TOKEN_LIMIT, Record
 
 PAGE: Final = 4096
 _WORD_OFFSET: Final = PAGE
@@ -125,11 +125,12 @@ class Slot:
 
     def prefault(self) -> None:
         """Have the kernel map every page now, so that no first touch (1 GB/s) falls into a snapshot. Without the GIL."""
+        held = self._bytes  # whoever works on addresses keeps the mapping alive by this
         libc = ctypes.CDLL(None, use_errno=True)
         libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        if libc.madvise(self._bytes.ctypes.data, self._bytes.nbytes, _MADV_POPULATE_WRITE) != 0:
+        if libc.madvise(held.ctypes.data, held.nbytes, _MADV_POPULATE_WRITE) != 0:
             # Kernels before 5.14. Reading and writing back one byte a page changes nothing and touches everything.
-            pages = self._bytes[::PAGE]
+            pages = held[::PAGE]
             np.copyto(pages, pages.copy())
 
     # -- the commit word ---------------------------------------------------------------------------------------------
@@ -139,17 +140,17 @@ class Slot:
         """The commit word as it stands."""
         return int(self._word[0])
 
-    def open_for(self, step: int) -> None:
-        """Unseal, to be filled with *step*. Must come before the first byte of the image is overwritten."""
-        self._word[0] = opening_mark(step)
+    def open_for(self, token: int) -> None:
+        """Unseal, for the flight *token*. Must come before the first byte of the image is overwritten."""
+        self._word[0] = token
 
     def commit(self, nonce: int) -> None:
         """Seal: one aligned 8-byte store."""
         self._word[0] = nonce
 
-    def commit_if_open_for(self, step: int, nonce: int) -> bool:
-        """Seal, unless the slot has been given another purpose since it was opened for *step*."""
-        if self.word != opening_mark(step):
+    def commit_if_open_for(self, token: int, nonce: int) -> bool:
+        """Seal, unless the slot has been given another purpose since it was opened for the flight *token*."""
+        if self.word != token:
             return False
         self.commit(nonce)
         return True
@@ -166,7 +167,7 @@ class Slot:
 
     def sealed_record(self) -> Record | None:
         """The record if this slot holds a sealed snapshot, else None; damaged records count as none."""
-        if self.word < 1 << 32:  # nothing, or an opening mark
+        if self.word < TOKEN_LIMIT:  # nothing, or being filled
             return None
         try:
             record, repaired = self.read_record()
@@ -213,8 +214,16 @@ class Slot:
         return layout
 
     def checksums(self, image_bytes: int, block_bytes: int, pool: Executor | None = None) -> npt.NDArray[np.uint32]:
-        """crc32c of each block of the first *image_bytes* of the image, computed now; ``uint32[blocks]``."""
-        return block_checksums(self.image.ctypes.data, image_bytes, block_bytes, pool)
+        """crc32c of each block of the first *image_bytes* of the image, computed now; ``uint32[blocks]``.
+
+        Raises ``Corrupt`` if the slot has not so many bytes.
+        """
+        image = self.image
+        if image_bytes > image.nbytes:
+            raise Corrupt(
+                f"an image of {image_bytes} bytes is said to be in {self.place.path}, which holds {image.nbytes}"
+            )
+        return block_checksums(image.ctypes.data, image_bytes, block_bytes, pool)
 
     def _fits(self, record: Record) -> bool:
         """Whether every length in the record stays inside this slot: checked before any of them is used."""
@@ -226,8 +235,9 @@ class Slot:
         )
 
     def close(self) -> None:
-        """Drop the mapping as soon as the last view into it is gone."""
-        del self._bytes, self.image, self._word
+        """Drop the mapping as soon as the last view into it is gone. Closing twice is harmless."""
+        self._bytes = self.image = np.empty(0, np.uint8)
+        self._word = np.zeros(1, np.uint64)
         with contextlib.suppress(BufferError):
             self._map.close()
 

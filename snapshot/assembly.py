@@ -45,7 +45,9 @@ def assemble(wanted: Sequence[Slice], layouts: Mapping[int, Layout], rank: int) 
     reads: list[Read] = []
     missing: list[str] = []
     for target, box in enumerate(wanted):
-        gaps = [(0, box.rows)] if box.nbytes else []
+        if not box.nbytes:
+            continue
+        gaps = [(0, box.rows)]
         for owner, placed in offers.get(box.name, []):
             gaps = _fill(box, target, owner, placed, gaps, reads)
             if not gaps:

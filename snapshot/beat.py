@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 NONE = -1  # "no step"
+UNKNOWN = 1 << 62  # "no digest": neutral in the reduction
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,8 @@ class Facts:
         relayout: the structure of this rank's state changed, so a new layout is needed.
         stop: a preemption notice arrived here.
         busy_us: how long this rank's last step took, in microseconds.
+        low_digest, high_digest: of a sample of what all ranks should hold alike, at the newest step taken; reduced, the
+            range. ``UNKNOWN`` where a rank has none.
     """
 
     first_beat: int
@@ -39,6 +42,8 @@ class Facts:
     relayout: bool = False
     stop: bool = False
     busy_us: int = 0
+    low_digest: int = UNKNOWN
+    high_digest: int = UNKNOWN
 
     def to_vector(self) -> list[int]:
         """int64 values whose elementwise minimum over the ranks is the vector of the reduced facts."""
@@ -53,15 +58,18 @@ class Facts:
             -int(self.relayout),
             -int(self.stop),
             -self.busy_us,
+            self.low_digest,
+            -self.high_digest if self.high_digest != UNKNOWN else UNKNOWN,
         ]
 
     @classmethod
     def from_vector(cls, vector: Sequence[int]) -> Facts:
         """Inverse of ``to_vector``."""
-        first, last, taken, last_taken, complete, discarded, able, relayout, stop, busy = vector
+        first, last, taken, last_taken, complete, discarded, able, relayout, stop, busy, low, high = vector
         return cls(
-            first, -last, taken, -last_taken, complete, -discarded, bool(able), bool(relayout), bool(stop), -busy
-        )
+            first, -last, taken, -last_taken, complete, -discarded, bool(able), bool(relayout), bool(stop), -busy,
+            low, -high if high != UNKNOWN else UNKNOWN,
+        )  # fmt: skip
 
 
 VECTOR_LENGTH = len(Facts(0, 0).to_vector())
@@ -112,22 +120,32 @@ def settle(agreed: Agreed, facts: Facts, *, step: int, wanted: bool, slots: int)
         watermark = max([agreed.watermark, *(s for s in outstanding if s <= facts.complete)])
     else:  # no two ranks mean the same by their steps: nothing outstanding can become complete
         outstanding, watermark, aligned = (), agreed.watermark, False
+    drifted = facts.low_digest != facts.high_digest
+    if drifted:  # replicas that shared their copies out no longer hold the same: what was put together is of no rank
+        outstanding, watermark = (), agreed.watermark
     outstanding = tuple(s for s in outstanding if s > watermark)
-    reason = _objection(facts, aligned, step, watermark, outstanding, slots) if wanted else None
+    relayout = facts.relayout or drifted
+    reason = _objection(facts, aligned, relayout, step, watermark, outstanding, slots) if wanted else None
     take = wanted and reason is None
     resume_at = agreed.resume_at if facts.first_beat == facts.last_beat else facts.last_beat + 1
     now = Agreed(watermark, (*outstanding, step) if take else outstanding, resume_at)
-    return now, Verdict(take, reason, facts.relayout, facts.stop, facts.busy_us)
+    return now, Verdict(take, reason, relayout, facts.stop, facts.busy_us)
 
 
 def _objection(
-    facts: Facts, aligned: bool, step: int, watermark: int, outstanding: tuple[int, ...], slots: int
+    facts: Facts,
+    aligned: bool,
+    relayout: bool,
+    step: int,
+    watermark: int,
+    outstanding: tuple[int, ...],
+    slots: int,
 ) -> str | None:
     """Why no snapshot is taken, or None. The words are those of metrics and logs."""
     held = (watermark != NONE) + len(outstanding)
     objections = {
         "ranks-apart": not aligned,
-        "new-layout": facts.relayout,
+        "new-layout": relayout,
         "not-able": not facts.able,
         "step-not-newer": step <= max([watermark, *outstanding]),
         "slots-busy": held + 1 > slots,

@@ -9,7 +9,8 @@ the background while the next forward and backward run. Three calls, in order, o
 
 A tensor that merely gets other storage in between (``p.data = …``) is not torn: what is copied is the storage it had.
 
-Known limit: a write through ``tensor.data`` does not count up the version, so such a write inside the window is not seen.
+A write through ``tensor.data`` does not count up the version. On the CPU samples of every tensor, taken before and compared
+with what was copied, notice such writes as long as they touch the sampled bytes; on CUDA devices they go unnoticed.
 """
 
 from __future__ import annotations
@@ -24,44 +25,95 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..crashpoints import reach
-from ..errors import DeadlinePassed
+from ..erasure.kernel import crc32c
+from ..errors import DeadlinePassed, StateRefused
 from .arena import Slot
 from .layout import Layout, Slice
 from .state import Item, Survey
+from .vectored import Regions, copy, regions
 
-# Larger contiguous tensors are copied by the C library, which streams past the cache: 1.2 times the speed of
-# torch's copy on two threads, and nearly twice on one. For small ones a single foreach call saves the round trips.
+# Larger contiguous tensors are copied by the C library, which streams past the cache: as fast on one thread as torch's
+# copy on two. Smaller ones go all in one call, which saves the round trips.
 _STREAM_FROM_BYTES: Final = 1 << 20
+_SAMPLE_BYTES: Final = 64
 _PIECE_BYTES: Final = 64 << 20  # between pieces, the copying thread can be seen to make progress
 
 _version = attrgetter("_version")
 
 
 class Parts:
-    """Rows of live tensors and the byte of the image where each goes, contiguous there and 64-byte aligned."""
+    """Rows of live tensors and the byte of the image where each goes, contiguous there and 64-byte aligned.
+
+    Three ways of copying: large contiguous CPU tensors one by one, small ones all in one call, all others by torch.
+    """
 
     def __init__(self, parts: Sequence[tuple[torch.Tensor, int]]) -> None:
-        self.parts = tuple(parts)
-        streamed = [t.nbytes >= _STREAM_FROM_BYTES and t.device.type == "cpu" and t.is_contiguous() for t, _ in parts]
-        self.streamed = [part for part, yes in zip(parts, streamed, strict=True) if yes]
-        self.small = [part for part, yes in zip(parts, streamed, strict=True) if not yes]
-        self.small_tensors = [tensor for tensor, _ in self.small]
+        plain = [(t, o) for t, o in parts if t.device.type == "cpu" and t.is_contiguous()]
+        self._alive = [tensor for tensor, _ in parts]
+        self.streamed = [(t.data_ptr(), o, t.nbytes) for t, o in plain if t.nbytes >= _STREAM_FROM_BYTES]
+        small = [(t.data_ptr(), o, t.nbytes) for t, o in plain if t.nbytes < _STREAM_FROM_BYTES]
+        self._small = regions([address for address, _, _ in small], [nbytes for _, _, nbytes in small])
+        self._small_offsets = np.array([offset for _, offset, _ in small], np.uint64)
+        self.others = [(t, o) for t, o in parts if t.device.type != "cpu" or not t.is_contiguous()]
+        self.other_tensors = [tensor for tensor, _ in self.others]
         self._views: dict[int, list[torch.Tensor]] = {}
 
+    def copy_small(self, base: int) -> None:
+        """Copy all small parts into the image at address *base*."""
+        copy(_shifted(self._small_offsets, self._small, base), self._small)
+
     def views(self, slot: Slot) -> list[torch.Tensor]:
-        """Where the small parts go: tensors over the slot's image, made once per slot, since that takes longer than
+        """Where the others go: tensors over the slot's image, made once per slot, since that takes longer than
         filling them."""
         views = self._views.get(slot.inode)
         if views is None:
-            views = self._views[slot.inode] = [view_of(slot, tensor, offset) for tensor, offset in self.small]
+            views = self._views[slot.inode] = [view_of(slot, tensor, offset) for tensor, offset in self.others]
         return views
 
     def forget(self, slot: Slot) -> None:
         """Let go of the slot's memory."""
         self._views.pop(slot.inode, None)
+
+
+class Samples:
+    """A few bytes from the middle of each of many tensors: cheap to take, and telling when something has been changed.
+
+    Writes through ``tensor.data`` do not count up versions; swapping averaged weights in and out is written that way.
+    """
+
+    def __init__(self, pieces: Sequence[tuple[str, int, int, int]]) -> None:
+        """*pieces*: name, address of the tensor's bytes, byte in the image (or 0), number of bytes."""
+        middles = [max(nbytes - _SAMPLE_BYTES, 0) // 2 for _, _, _, nbytes in pieces]
+        lengths = [min(nbytes, _SAMPLE_BYTES) for _, _, _, nbytes in pieces]
+        self.names = [name for name, _, _, _ in pieces]
+        self._sources = regions([p[1] + m for p, m in zip(pieces, middles, strict=True)], lengths)
+        self._offsets = np.array([p[2] + m for p, m in zip(pieces, middles, strict=True)], np.uint64)
+
+    def take(self) -> npt.NDArray[np.uint8]:
+        """The samples as they are in the live tensors; ``uint8[tensors, 64]``, short ones padded with zeros."""
+        return self._take(self._sources)
+
+    def take_copied(self, base: int) -> npt.NDArray[np.uint8]:
+        """The same bytes as they are in the image at address *base*."""
+        return self._take(_shifted(self._offsets, self._sources, base))
+
+    def _take(self, sources: Regions) -> npt.NDArray[np.uint8]:
+        taken = np.zeros((len(sources), _SAMPLE_BYTES), np.uint8)
+        places = taken.ctypes.data + np.arange(len(sources), dtype=np.uint64) * np.uint64(_SAMPLE_BYTES)
+        copy(_shifted(places, sources, 0), sources)
+        return taken
+
+
+def _shifted(offsets: npt.NDArray[np.uint64], like: Regions, base: int) -> Regions:
+    """Regions of the lengths of *like* at *base* plus *offsets*."""
+    pieces = like.copy()
+    pieces[:, 0] = offsets + np.uint64(base)
+    return pieces
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,6 +124,7 @@ class Binding:
         text: the layout's text.
         lazy, eager: what is copied when.
         watched, names, addresses: the live tensors behind the lazy copies, and where they lay when bound.
+        samples: of what is copied lazily here (CPU). shared: of what all ranks hold alike, whoever copies it.
     """
 
     layout: Layout
@@ -82,13 +135,15 @@ class Binding:
     watched: tuple[torch.Tensor, ...]
     names: tuple[str, ...]
     addresses: tuple[int, ...]
+    samples: Samples
+    shared: Samples
 
 
-def bind(layout: Layout, survey: Survey, pinned_eager: Iterable[str] = ()) -> Binding:
+def bind(layout: Layout, survey: Survey, pinned_eager: Iterable[str] = (), shared: Iterable[str] = ()) -> Binding:
     """Tie *layout* to the live tensors of *survey*. Names in *pinned_eager* are copied eagerly, whatever they are.
 
     CPU-resident scalars of a model on another device (AdamW's ``step``) are eager too: their copies cannot be ordered
-    with the other device's stream.
+    with the other device's stream. *shared* names what all ranks hold alike.
     """
     items = {item.slice.name: item for item in survey.items}
     always_eager = frozenset(pinned_eager)
@@ -107,9 +162,29 @@ def bind(layout: Layout, survey: Survey, pinned_eager: Iterable[str] = ()) -> Bi
             if is_lazy:
                 watched[placed.slice.name] = item.tensor
     tensors = tuple(watched.values())
+    lazy_names = [p.slice.name for p in layout.placed if p.slice.name in watched and p.slice.nbytes]
+    pieces = [
+        (name, tensor.data_ptr(), offset, tensor.nbytes)
+        for name, (tensor, offset) in zip(lazy_names, lazy, strict=True)
+        if _sampled(tensor)
+    ]
+    alike = [(name, t.data_ptr(), 0, t.nbytes) for name in shared if _sampled(t := items[name].tensor)]
     return Binding(
-        layout, layout.to_text(), survey, Parts(lazy), Parts(eager), tensors, tuple(watched), _addresses(tensors)
+        layout,
+        layout.to_text(),
+        survey,
+        Parts(lazy),
+        Parts(eager),
+        tensors,
+        tuple(watched),
+        _addresses(tensors),
+        Samples(pieces),
+        Samples(alike),
     )
+
+
+def _sampled(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.nbytes > 0
 
 
 def _rows(item: Item, part: Slice) -> torch.Tensor:
@@ -133,8 +208,9 @@ class Copier(ABC):
     """Copies the lazy part of a binding into a slot, in the background. One copy at a time."""
 
     @abstractmethod
-    def start(self, binding: Binding, slot: Slot, done: Callable[[float], None]) -> None:
-        """Begin. *done* is called on another thread, with the seconds it took, once every byte has landed."""
+    def start(self, binding: Binding, slot: Slot, after: Callable[[], None], done: Callable[[float], None]) -> None:
+        """Begin. Once every byte has landed, on another thread, *after* is called before the fence lets anyone pass, then
+        *done* with the seconds it took."""
 
     @abstractmethod
     def fence(self, timeout_s: float) -> None:
@@ -144,6 +220,9 @@ class Copier(ABC):
     @abstractmethod
     def busy(self) -> bool:
         """Whether a copy is under way."""
+
+    def prepare(self, slot: Slot) -> None:
+        """*slot* is mapped, and will be copied into. Takes its time."""
 
     def forget(self, slot: Slot) -> None:
         """*slot* is about to be unmapped. Nothing is being copied into it."""
@@ -164,16 +243,17 @@ class CpuCopier(Copier):
         self._thread = threading.Thread(target=self._run, name="holdfast-copy", daemon=True)
         self._thread.start()
 
-    def start(self, binding: Binding, slot: Slot, done: Callable[[float], None]) -> None:
+    def start(self, binding: Binding, slot: Slot, after: Callable[[], None], done: Callable[[float], None]) -> None:
         self._landed.clear()
         self._error = None
-        self._work.put(lambda: self._copy(binding, slot, done))
+        self._work.put(lambda: self._copy(binding, slot, after, done))
 
     def fence(self, timeout_s: float) -> None:
         if not self._landed.wait(timeout_s):
             raise DeadlinePassed(f"the copy into the slot did not end within {timeout_s:g} s")
-        if self._error is not None:
-            raise self._error
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
     @property
     def busy(self) -> bool:
@@ -187,10 +267,11 @@ class CpuCopier(Copier):
         while (work := self._work.get()) is not None:
             work()
 
-    def _copy(self, binding: Binding, slot: Slot, done: Callable[[float], None]) -> None:
+    def _copy(self, binding: Binding, slot: Slot, after: Callable[[], None], done: Callable[[float], None]) -> None:
         start_s = time.perf_counter()
         try:
             copy_now(binding.lazy, slot, inside=lambda: reach("capture.inside-copy"))
+            after()
             reach("capture.copied")
         except Exception as error:  # noqa: BLE001 - told by the fence; without "done" the agent never records the image
             self._error = error
@@ -202,15 +283,16 @@ class CpuCopier(Copier):
 
 def copy_now(parts: Parts, slot: Slot, inside: Callable[[], None] = lambda: None) -> None:
     """Copy every part into the slot's image, on this thread, without the GIL. *inside* is called half-way."""
-    base = slot.image.ctypes.data
-    for tensor, offset in parts.streamed:
-        source = tensor.data_ptr()
-        for piece in range(0, tensor.nbytes, _PIECE_BYTES):
-            ctypes.memmove(base + offset + piece, source + piece, min(_PIECE_BYTES, tensor.nbytes - piece))
+    image = slot.image  # keeps the mapping alive, whatever becomes of the slot
+    base = int(image.ctypes.data)
+    for source, offset, nbytes in parts.streamed:
+        for piece in range(0, nbytes, _PIECE_BYTES):
+            ctypes.memmove(base + offset + piece, source + piece, min(_PIECE_BYTES, nbytes - piece))
     inside()
-    if parts.small:
+    parts.copy_small(base)
+    if parts.others:
         with torch.no_grad():
-            torch._foreach_copy_(parts.views(slot), parts.small_tensors)
+            torch._foreach_copy_(parts.views(slot), parts.other_tensors)
 
 
 def view_of(slot: Slot, like: torch.Tensor, offset: int) -> torch.Tensor:
@@ -226,12 +308,24 @@ class Capture:
     binding: Binding
     copier: Copier
     versions: list[int] = field(default_factory=list)
+    altered: list[str] = field(default_factory=list)
+    digest: int | None = None  # of the samples of what all ranks hold alike
 
     def start(self, slot: Slot, done: Callable[[float], None]) -> None:
-        """Copy the eager tensors now and begin with the lazy ones. The slot must be open for this step already."""
+        """Copy the eager tensors now and begin with the lazy ones. The slot must be open already."""
         self.versions = list(map(_version, self.binding.watched))
+        before = self.binding.samples.take()
+        if self.binding.shared.names:
+            self.digest = crc32c(self.binding.shared.take())
         copy_now(self.binding.eager, slot)
-        self.copier.start(self.binding, slot, done)
+        self.copier.start(self.binding, slot, lambda: self._compare(slot, before), done)
+
+    def _compare(self, slot: Slot, before: npt.NDArray[np.uint8]) -> None:
+        """On the copying thread: what was copied must be what was there at the start."""
+        image = slot.image
+        copied = self.binding.samples.take_copied(int(image.ctypes.data))
+        rows = np.flatnonzero((copied != before).any(axis=1))
+        self.altered = [self.binding.samples.names[row] for row in rows]
 
     def fence(self, timeout_s: float) -> None:
         """Wait until the optimizer may mutate what is being copied. Raises ``DeadlinePassed``."""
@@ -245,15 +339,19 @@ class Capture:
         """
         versions = list(map(_version, self.binding.watched))
         if versions == self.versions:
-            return []
+            return self.altered
         pairs = zip(self.binding.names, versions, self.versions, strict=True)
-        return [name for name, now, before in pairs if now != before]
+        return sorted({*self.altered, *(name for name, now, before in pairs if now != before)})
 
 
 def copier_for(survey: Survey) -> Copier:
-    """The copier that fits where the lazy tensors live."""
-    if any(item.lazy and item.tensor.device.type == "cuda" for item in survey.items):
-        from .cuda import CudaCopier
+    """The copier that fits where the lazy tensors live. Raises ``StateRefused`` if that is several CUDA devices."""
+    devices = {item.tensor.device for item in survey.items if item.lazy and item.tensor.device.type == "cuda"}
+    if not devices:
+        return CpuCopier()
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise StateRefused(f"parameters and optimizer state lie on {names}; one device per rank can be captured")
+    from .cuda import CudaCopier
 
-        return CudaCopier()
-    return CpuCopier()
+    return CudaCopier(devices.pop())

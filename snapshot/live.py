@@ -39,6 +39,7 @@ class SourceImage:
     def __init__(self, path: str, rank: int, id: SnapshotId) -> None:
         """Open. Raises ``Corrupt`` if the slot no longer holds that image, or its record or tables are damaged."""
         self._slot = _open(path, rank)
+        self._verified: set[int] = set()
         record = self._slot.sealed_record()
         if record is None or record.id != id or record.rank != rank:
             raise Corrupt(f"{path} no longer holds {id} of rank {rank}")
@@ -61,7 +62,9 @@ class SourceImage:
         return self._slot.image[self.layout.values_offset : self.record.image_bytes].copy()
 
     def verify(self, block: int) -> None:
-        """Raise ``Corrupt`` if the bytes of *block* do not match their checksum."""
+        """Raise ``Corrupt`` if the bytes of *block* do not match their checksum. Each block is read once."""
+        if block in self._verified:
+            return
         start = block * self.record.block_bytes
         nbytes = min(self.record.block_bytes, self.record.image_bytes - start)
         found = crc32c_at(self.address + start, nbytes)
@@ -70,6 +73,7 @@ class SourceImage:
                 f"block {block} of {self.record.id} of rank {self.record.rank} ({self._slot.place.path}): "
                 f"crc32c {found:08x}, {int(self._checks[block]):08x} expected"
             )
+        self._verified.add(block)
 
     def view(self, offset: int, like: torch.Tensor) -> torch.Tensor:
         """The bytes at *offset*, as a tensor shaped like *like*. Valid while this is open."""

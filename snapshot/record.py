@@ -19,8 +19,9 @@ the same field and generator as the erasure code), so up to 32 damaged bytes are
 The record is written by the agent once it has checksummed the image, and by itself proves nothing: the copy may still
 turn out torn. What seals the snapshot is the *commit word*, eight bytes elsewhere in the slot, set to the record's
 nonce after the torn-copy check has passed, by one aligned store that cannot be seen half done. While a slot is being
-filled, the word is the *opening mark* of the step, a number below 2**32. A nonce has 16 bits set in each half, and a word
-within ``WORD_TOLERANCE`` bits of it counts: no plausible flip of bits seals or unseals a slot.
+filled, the word is the *token* of the flight, a random number below 2**32 that no other filling of the slot had. A nonce
+has 16 bits set in each half, and a word within ``WORD_TOLERANCE`` bits of it counts: no plausible flip of bits seals or
+unseals a slot.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ _VERSION: Final = 1
 _FIELDS: Final = struct.Struct("<8sH16sQqqIIQQQIIIIQ")
 _CRC: Final = struct.Struct("<I")
 WORD_TOLERANCE: Final = 8
+TOKEN_LIMIT: Final = 1 << 32
 
 assert _FIELDS.size == 106  # the table above
 
@@ -117,14 +119,14 @@ class Record:
 
 
 def new_nonce(rng: random.Random | None = None) -> int:
-    """A random commit word: 16 bits set in each half, so far from zero, from any opening mark and from other nonces."""
+    """A random commit word: 16 bits set in each half, so far from zero, from any token and from other nonces."""
     draw = rng or random.SystemRandom()
     return sum(1 << bit for half in (0, 32) for bit in draw.sample(range(half, half + 32), 16))
 
 
-def opening_mark(step: int) -> int:
-    """The commit word of a slot that is being filled with *step*: below 2**32, hence never taken for a nonce."""
-    return (step + 1) % (1 << 32)
+def new_token(rng: random.Random | None = None) -> int:
+    """A random mark for one filling of a slot: not zero, below ``TOKEN_LIMIT``, hence never taken for a nonce."""
+    return (rng or random.SystemRandom()).randrange(1, TOKEN_LIMIT)
 
 
 def _payload_holds(payload: bytes) -> bool:

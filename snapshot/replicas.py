@@ -19,12 +19,15 @@ from .layout import Slice
 from .state import Item
 
 GROUPS: Final = 8  # more groups of replicas than this on one rank: the rest is not shared
-VECTOR_LENGTH: Final = 2 * GROUPS
+VECTOR_LENGTH: Final = 1 + 2 * GROUPS
 _UNUSED: Final = -1
 
 
-def sums(items: Sequence[Item]) -> list[int]:
-    """``int64[VECTOR_LENGTH]``: pairs (group, digest of what this rank shares with it), unused ones -1. Reads all bytes."""
+def sums(items: Sequence[Item], when: int = 0) -> list[int]:
+    """``int64[VECTOR_LENGTH]``: *when*, then pairs (group, digest of what this rank shares with it), unused ones -1.
+
+    Reads all bytes that are shared. Only sums of the same time can be compared.
+    """
     digests: dict[tuple[int, ...], hashlib.blake2b] = {}
     for item in items:
         if item.slice.members:
@@ -34,7 +37,7 @@ def sums(items: Sequence[Item]) -> list[int]:
             digest.update(json.dumps(identity).encode())
     pairs = [(_key(members), _int63(digest.digest())) for members, digest in sorted(digests.items())][:GROUPS]
     flat = [number for pair in pairs for number in pair]
-    return flat + [_UNUSED] * (VECTOR_LENGTH - len(flat))
+    return [when, *flat] + [_UNUSED] * (VECTOR_LENGTH - 1 - len(flat))
 
 
 def confirmed(
@@ -51,14 +54,14 @@ def confirmed(
         The slices, with ``members`` only where all members said the same; and the groups that did not.
     """
     split = disagreeing(gathered, {piece.members for piece in slices if piece.members})
-    unsaid = {m for m in {piece.members for piece in slices} if m and _key(m) not in gathered[rank][::2]}
+    unsaid = {m for m in {piece.members for piece in slices} if m and _key(m) not in gathered[rank][1::2]}
     alone = {*split, *unsaid}
     return [replace(piece, members=()) if piece.members in alone else piece for piece in slices], split
 
 
 def disagreeing(gathered: Sequence[Sequence[int]], groups: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """Those of *groups* whose members, by the gathered vectors of all ranks, do not all say the same."""
-    said = [dict(zip(vector[::2], vector[1::2], strict=True)) for vector in gathered]
+    said = [dict(zip(vector[1::2], vector[2::2], strict=True)) for vector in gathered]
     return sorted(g for g in set(groups) if len({said[r].get(_key(g)) for r in g}) > 1)
 
 

@@ -169,6 +169,10 @@ class TrainingState:
             if owner.orphan:
                 yield _item(owner.name, owner.parameter, (), lazy=True)
             for key, value in owner.optimizer.state.get(owner.parameter, {}).items():
+                if type(key) is not str or "." in key:
+                    raise StateRefused(
+                        f"{owner.name}: optimizer state under the key {key!r}; a name without dots is needed"
+                    )
                 if isinstance(value, torch.Tensor):
                     yield _item(f"{owner.name}.{key}", value, owner.replicas, lazy=True)
 

@@ -100,7 +100,6 @@ MUTATIONS: dict[str, Callable[[Mixed], object]] = {
     "in place": lambda model: model.small.detach().add_(1),
     "view": lambda model: model.small.detach()[1:2].zero_(),
     "load_state_dict": lambda model: model.load_state_dict({"small": torch.zeros(3, 5)}, strict=False),
-    "data swap": lambda model: setattr(model.small, "data", torch.zeros(3, 5, dtype=torch.float64)),
     "optimizer": lambda model: _one_step(model),
 }  # fmt: skip
 
@@ -117,6 +116,37 @@ def test_a_touched_tensor_is_named(slot: Slot, copier: CpuCopier, mutation: str)
     with torch.no_grad():
         MUTATIONS[mutation](model)
     assert capture.torn() == ["model.small"]
+
+
+def test_a_write_through_data_is_named(slot: Slot, copier: CpuCopier) -> None:
+    """It counts up no version; that the copied bytes are not those of the start gives it away."""
+    model, go_on = Mixed(), threading.Event()
+    copier._work.put(lambda: _wait(go_on))  # the copy does not begin before the write
+    capture = Capture(bound(model), copier)
+    capture.start(slot, lambda seconds: None)
+    model.small.data.zero_()
+    go_on.set()
+    capture.fence(60.0)
+    assert capture.torn() == ["model.small"]
+
+
+def _wait(event: threading.Event) -> None:
+    assert event.wait(60.0)
+
+
+def test_a_swap_of_storage_inside_the_window_is_harmless(slot: Slot, copier: CpuCopier) -> None:
+    """What is copied is the storage that the tensor had."""
+    model, go_on = Mixed(), threading.Event()
+    wanted = model.small.detach().clone()
+    copier._work.put(lambda: _wait(go_on))
+    capture = Capture(bound(model), copier)
+    capture.start(slot, lambda seconds: None)
+    model.small.data = torch.zeros(3, 5, dtype=torch.float64)
+    go_on.set()
+    capture.fence(60.0)
+    assert capture.torn() == []
+    (placed,) = [p for p in capture.binding.layout.placed if p.slice.name == "model.small"]
+    assert torch.equal(view_of(slot, wanted, placed.offset), wanted)
 
 
 def test_a_pinned_tensor_is_eager_and_never_torn(slot: Slot, copier: CpuCopier) -> None:
@@ -176,9 +206,9 @@ def test_a_fence_has_a_deadline_and_tells_what_failed(slot: Slot) -> None:
         blocked.set()
         assert go_on.wait(60.0)
 
-    copier._pool.submit(hold)  # the thread is busy with an older copy
+    copier._work.put(hold)  # the thread is busy with an older copy
     assert blocked.wait(60.0)
-    copier.start(bound(Mixed()), slot, lambda seconds: None)
+    copier.start(bound(Mixed()), slot, lambda: None, lambda seconds: None)
     with pytest.raises(DeadlinePassed, match=r"0\.01 s"):
         copier.fence(0.01)
     assert copier.busy
@@ -189,9 +219,9 @@ def test_a_fence_has_a_deadline_and_tells_what_failed(slot: Slot) -> None:
 
 def test_a_copy_that_fails_is_told_by_the_fence(slot: Slot, copier: CpuCopier) -> None:
     binding = bound(Mixed())
-    binding.lazy._views[slot.inode] = [torch.empty(1)] * len(binding.lazy.small)
+    binding.lazy._views[slot.inode] = [torch.empty(1)] * len(binding.lazy.others)
     done = threading.Event()
-    copier.start(binding, slot, lambda seconds: done.set())
+    copier.start(binding, slot, lambda: None, lambda seconds: done.set())
     with pytest.raises(RuntimeError):
         copier.fence(60.0)
     assert not done.is_set(), "what did not land must not be announced"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from holdfast.agent.arenas import Arenas
 from holdfast.agent.budget import measure
+from holdfast.agent.protocol import Flight
 from holdfast.agent.settings import NodeSettings
 from holdfast.errors import Corrupt
 from holdfast.snapshot.assembly import assemble
@@ -54,13 +55,13 @@ def image() -> Iterator[tuple[Path, Large]]:
     size = layout.values_offset + VALUES.nbytes
     arenas.reserve(0, 1, image_bytes=size, table_bytes=8192)
     slot = arenas.slot(0, 0)
-    slot.open_for(1)
+    slot.open_for(7)
     capture = Capture(bind(layout, survey), copier)
     capture.start(slot, lambda seconds: None)
     capture.fence(60.0)
     slot.image[layout.values_offset : size] = VALUES
     sums = arenas.checksum(0, 0, size)
-    arenas.write_record(0, ID, sums, rank=0, world=1, watermark=-1, layout=layout.to_text())
+    arenas.write_record(0, Flight(7, ID, watermark=-1, layout=1), sums, rank=0, world=1, layout=layout.to_text())
     slot.commit(sums.nonce)
     yield Path(slot.place.path), model
     copier.close()

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from holdfast.agent.arenas import Arenas
 from holdfast.agent.budget import measure
+from holdfast.agent.protocol import Flight
 from holdfast.agent.settings import NodeSettings
 from holdfast.errors import LayoutMismatch, StateRefused
 from holdfast.hooks.ranks import Alone
@@ -38,6 +39,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 RUN = uuid.uuid4().hex
+TOKEN = 77
 
 
 class Darkroom:
@@ -51,20 +53,19 @@ class Darkroom:
     def take(self, state: TrainingState, step: int = 1) -> None:
         survey = state.survey()
         layout = Layout.of(1, share([item.slice for item in survey.items], 0))
-        encoded, text = encode(state.values(), "state", to_leaf), layout.to_text()
+        encoded, text = encode(state.values(survey), "state", to_leaf), layout.to_text()
         image_bytes = layout.values_offset + encoded.nbytes
         self.arenas.reserve(0, 1, image_bytes=image_bytes, table_bytes=4096 + len(text))
         slot = self.arenas.slot(0, 0)
-        slot.open_for(step)
+        slot.open_for(TOKEN)
         encoded.write_into(slot.image[layout.values_offset :])
         capture = Capture(bind(layout, survey), self._copier)
         capture.start(slot, lambda seconds: None)
         capture.fence(60.0)
         assert capture.torn() == []
         sums = self.arenas.checksum(0, 0, image_bytes)
-        self.arenas.write_record(
-            0, SnapshotId(1, step, RUN), sums, rank=0, world=1, watermark=-1, layout=text
-        )  # fmt: skip
+        flight = Flight(TOKEN, SnapshotId(1, step, RUN), watermark=-1, layout=1)
+        self.arenas.write_record(0, flight, sums, rank=0, world=1, layout=text)
         slot.commit(sums.nonce)
 
     def put_back(self, state: TrainingState) -> int | None:
@@ -433,7 +434,7 @@ def test_strides_and_addresses_survive(darkroom: Darkroom) -> None:
 
 
 class Odd(torch.optim.Optimizer):
-    """Keeps plain values, a list of tensors, a nested dict and a name with a dot beside its tensors."""
+    """Keeps plain values, a list of tensors and a nested dict beside its tensors."""
 
     def __init__(self, params: Any, lr: float = 0.1) -> None:
         super().__init__(params, {"lr": lr, "schedule": (1, "x", None), "weights": torch.tensor([0.5, 2.0])})
@@ -448,8 +449,8 @@ class Odd(torch.optim.Optimizer):
                 state["calls"] = state.get("calls", 0) + 1
                 state["history"] = [*state.get("history", [])[-2:], p.grad.clone()]
                 state["nested"] = {"norms": {"l2": p.grad.norm(), "n": state["calls"]}}
-                state["mean.of.grads"] = sum(state["history"]) / len(state["history"])
-                p.sub_(state["mean.of.grads"], alpha=group["lr"])
+                state["mean_of_grads"] = sum(state["history"]) / len(state["history"])
+                p.sub_(state["mean_of_grads"], alpha=group["lr"])
 
 
 class Global(torch.optim.SGD):
@@ -697,14 +698,23 @@ def test_unsupported_extras_are_refused(tmp_path: Path) -> None:
 def test_values_that_need_pickle_are_refused(value: object) -> None:
     state = TrainingState({}, {}, {"box": {"deep": [1, {"x": value}]}})
     with pytest.raises(StateRefused, match=r"state\['extras'\]\['box'\]\['deep'\]\[1\]\['x'\]"):
-        encode(state.values(), "state", to_leaf)
+        encode(state.values(state.survey()), "state", to_leaf)
 
 
 def test_a_trained_parameter_among_the_values_is_refused() -> None:
     """It would come back as another tensor, which its optimizer does not know and that needs no gradient."""
     state = TrainingState({}, {}, {"sac": {"log_alpha": torch.zeros(1, requires_grad=True)}})
     with pytest.raises(StateRefused, match=r"\['log_alpha'\]"):
-        encode(state.values(), "state", to_leaf)
+        encode(state.values(state.survey()), "state", to_leaf)
+
+
+@pytest.mark.parametrize("key", ["mean.of.grads", 7])
+def test_optimizer_state_whose_key_makes_no_name_is_refused(key: Any) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    optimizer.state[model.weight][key] = torch.zeros(1)
+    with pytest.raises(StateRefused, match=r"optim\.weight"):
+        TrainingState({"": model}, {"": optimizer}, {}).survey()
 
 
 def test_two_tensors_of_one_name_are_refused() -> None:
