@@ -21,7 +21,6 @@ PLACES: Final = frozenset(
         "seal.before-tables",  # agent: image checksummed, nothing of it written
         "seal.before-record",  # agent: tables written, record not
         "seal.after-record",  # agent: record written, trainer not told
-        "seal.before-commit",  # agent: about to commit on the trainer's behalf
         "adopt.scanned",  # agent: slots of a predecessor found, none served yet
         "attach.reserved",  # agent: a slot file exists, its memory does not yet
         "restore.planned",  # trainer: every rank knows the plan, nothing is applied

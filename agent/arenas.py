@@ -20,7 +20,7 @@ from ..erasure.kernel import BLOCK_BYTES, crc32c
 from ..errors import BudgetExceeded, ConfigError, Corrupt, SnapshotUnknown
 from ..snapshot.arena import Place, Slot, place_for, scan
 from ..snapshot.layout import Layout
-from ..snapshot.record import Record, new_nonce
+from ..snapshot.record import Record
 from ..snapshot.recovery import Held
 from .budget import Memory
 from .protocol import Flight
@@ -31,11 +31,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ImageSums:
-    """The block checksums of one image, ``uint32[blocks]``, and the nonce its record will carry."""
+    """The block checksums of one image, ``uint32[blocks]``."""
 
     image_bytes: int
     checks: npt.NDArray[np.uint32]
-    nonce: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,12 +175,12 @@ class Arenas:
         if (rank, index) not in self._slots:
             raise Corrupt(f"rank {rank} has no slot {index}")
         checks = self._slots[rank, index].checksums(image_bytes, BLOCK_BYTES, self._pool)
-        return ImageSums(image_bytes, checks, new_nonce())
+        return ImageSums(image_bytes, checks)
 
     def write_record(
         self, index: int, flight: Flight, sums: ImageSums, *, rank: int, world: int, layout: bytes
     ) -> None:
-        """Write tables, then record. A crash anywhere here leaves the slot unsealed, as it is until the commit word."""
+        """Write tables, then record. A crash before the record is whole leaves the slot unsealed."""
         slot = self._slots[rank, index]
         reach("seal.before-tables")
         slot.write_tables(sums.checks, layout)
@@ -190,7 +189,7 @@ class Arenas:
             Record(
                 id=flight.id, watermark=flight.watermark, rank=rank, world=world, job=self._job,
                 image_bytes=sums.image_bytes, table_bytes=slot.place.table_bytes, block_bytes=BLOCK_BYTES,
-                layout_bytes=len(layout), checks_crc=crc32c(sums.checks), layout_crc=crc32c(layout), nonce=sums.nonce,
+                layout_bytes=len(layout), checks_crc=crc32c(sums.checks), layout_crc=crc32c(layout), nonce=flight.nonce,
             )
         )  # fmt: skip
         reach("seal.after-record")

@@ -188,35 +188,27 @@ class AgentService:
     async def _advance(self, trainer: _Trainer, event: protocol.Event, write: Write) -> None:
         trainer.session, actions = protocol.advance(trainer.session, event)
         for action in actions:
-            if isinstance(action, protocol.TellPrepared):
-                prepared = wire.Prepared(slot=action.slot, token=action.token, nonce=action.nonce)
-                await write(wire.FromAgent(prepared=prepared))
-            elif isinstance(action, protocol.Checksum):
-                self._spawn(trainer, self._checksum(trainer, action, write))
-            else:
-                self._write(trainer, action)
-
-    def _write(self, trainer: _Trainer, action: protocol.WriteRecord | protocol.Commit) -> None:
-        """Write to the slot: nothing else happens on the event loop between the decision and this."""
-        rank, flight = trainer.hello.rank, action.flight
-        if isinstance(action, protocol.WriteRecord):
-            layout, sums = trainer.layouts[flight.layout], trainer.sums[flight.token]
-            self._arenas.write_record(action.slot, flight, sums, rank=rank, world=trainer.hello.world, layout=layout)
-        elif self._arenas.slot(rank, action.slot).commit_if_open_for(flight.token, action.nonce):
-            _log.info("rank %d: sealed %s for a trainer that is gone", rank, flight.id)
+            match action:
+                case protocol.Checksum():
+                    self._spawn(trainer, self._checksum(trainer, action, write))
+                case protocol.WriteRecord(slot, flight):
+                    rank, world = trainer.hello.rank, trainer.hello.world
+                    sums, layout = trainer.sums[flight.nonce], trainer.layouts[flight.layout]
+                    self._arenas.write_record(slot, flight, sums, rank=rank, world=world, layout=layout)
+                case protocol.TellPrepared(slot, nonce) if not trainer.gone.is_set():
+                    await write(wire.FromAgent(prepared=wire.Prepared(slot=slot, nonce=nonce)))
 
     async def _checksum(self, trainer: _Trainer, action: protocol.Checksum, write: Write) -> None:
-        rank, slot, token = trainer.hello.rank, action.slot, action.token
+        rank, slot, nonce = trainer.hello.rank, action.slot, action.nonce
         try:
-            sums = await asyncio.to_thread(self._arenas.checksum, rank, slot, action.image_bytes)
-            trainer.sums[token] = sums
-            await self._advance(trainer, protocol.Checksummed(slot, token, sums.nonce), write)
+            trainer.sums[nonce] = await asyncio.to_thread(self._arenas.checksum, rank, slot, action.image_bytes)
+            await self._advance(trainer, protocol.Checksummed(slot, nonce), write)
         except Exception as error:  # noqa: BLE001 - the trainer must hear of it, or it waits for this slot forever
             _log.warning("rank %d: slot %d cannot be sealed: %s", rank, slot, error)
-            await self._advance(trainer, protocol.Discarded(slot, token), write)
-            await write(wire.FromAgent(failed=wire.Failed(slot=slot, token=token, reason=str(error))))
+            await self._advance(trainer, protocol.Discarded(slot, nonce), write)
+            await write(wire.FromAgent(failed=wire.Failed(slot=slot, nonce=nonce, reason=str(error))))
         finally:
-            trainer.sums.pop(token, None)
+            trainer.sums.pop(nonce, None)
 
     async def _grow(self, trainer: _Trainer, grow: wire.Grow, write: Write) -> None:
         rank = trainer.hello.rank
@@ -241,18 +233,14 @@ class AgentService:
     def _finished(self, trainer: _Trainer, task: asyncio.Task[None]) -> None:
         trainer.work.discard(task)
         # A write to a trainer that died meanwhile fails; its death is noticed by the broken stream itself.
-        if not task.cancelled() and (error := task.exception()) and trainer.session.alive:
+        if not task.cancelled() and (error := task.exception()) and not trainer.gone.is_set():
             _log.error("rank %d: %s", trainer.hello.rank, error, exc_info=error)
 
     def _lose(self, trainer: _Trainer) -> None:
-        """The trainer is gone: seal what it had fenced, drop the rest."""
-        if not trainer.session.alive:
+        """The trainer is gone. What it had copied is still recorded; what it had fenced is thereby sealed."""
+        if trainer.gone.is_set():
             return
         _log.info("rank %d %s, pid %d", trainer.hello.rank, "left" if trainer.ended else "is gone", trainer.hello.pid)
-        trainer.session, actions = protocol.advance(trainer.session, protocol.TrainerLost())
-        for action in actions:
-            assert isinstance(action, protocol.Commit)
-            self._write(trainer, action)
         trainer.gone.set()
         self._idle_since_s = time.monotonic()
 
@@ -300,7 +288,7 @@ class AgentService:
                     rank=rank,
                     world=t.hello.world,
                     pid=t.hello.pid,
-                    alive=t.session.alive,
+                    alive=not t.gone.is_set(),
                     ended=t.ended,
                     report=t.report,
                 )
@@ -314,7 +302,7 @@ class AgentService:
     @property
     def idle_s(self) -> float:
         """Seconds since the last trainer left; 0 while one is attached, or about to be."""
-        if self._reserving.locked() or any(t.session.alive for t in self._trainers.values()):
+        if self._reserving.locked() or any(not t.gone.is_set() for t in self._trainers.values()):
             return 0.0
         return time.monotonic() - self._idle_since_s
 
@@ -341,7 +329,7 @@ class AgentService:
             watermark=held.watermark,
             path=held.path,
             image_bytes=held.image_bytes,
-            trainer_alive=trainer is not None and trainer.session.alive,
+            trainer_alive=trainer is not None and not trainer.gone.is_set(),
         )
 
     def _slot_status(self, place: Place, record: Record | None, staging: bool) -> wire.SlotStatus:
@@ -388,11 +376,9 @@ def _event(message: wire.FromTrainer) -> protocol.Event | None:
         case "copied":
             m = message.copied
             id = SnapshotId(m.generation, m.step, m.run)
-            return protocol.Copied(m.slot, m.token, id, m.watermark, m.layout, m.image_bytes)
-        case "fenced":
-            return protocol.Fenced(message.fenced.slot, message.fenced.token)
+            return protocol.Copied(m.slot, m.nonce, id, m.watermark, m.layout, m.image_bytes)
         case "discarded":
-            return protocol.Discarded(message.discarded.slot, message.discarded.token)
+            return protocol.Discarded(message.discarded.slot, message.discarded.nonce)
     return None
 
 

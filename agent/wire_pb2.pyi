@@ -7,11 +7,10 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class FromTrainer(_message.Message):
-    __slots__ = ("hello", "layout", "copied", "fenced", "discarded", "grow", "report", "goodbye")
+    __slots__ = ("hello", "layout", "copied", "discarded", "grow", "report", "goodbye")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     COPIED_FIELD_NUMBER: _ClassVar[int]
-    FENCED_FIELD_NUMBER: _ClassVar[int]
     DISCARDED_FIELD_NUMBER: _ClassVar[int]
     GROW_FIELD_NUMBER: _ClassVar[int]
     REPORT_FIELD_NUMBER: _ClassVar[int]
@@ -19,12 +18,11 @@ class FromTrainer(_message.Message):
     hello: Hello
     layout: LayoutText
     copied: Copied
-    fenced: Fenced
     discarded: Discarded
     grow: Grow
     report: Report
     goodbye: Goodbye
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., layout: _Optional[_Union[LayoutText, _Mapping]] = ..., copied: _Optional[_Union[Copied, _Mapping]] = ..., fenced: _Optional[_Union[Fenced, _Mapping]] = ..., discarded: _Optional[_Union[Discarded, _Mapping]] = ..., grow: _Optional[_Union[Grow, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., layout: _Optional[_Union[LayoutText, _Mapping]] = ..., copied: _Optional[_Union[Copied, _Mapping]] = ..., discarded: _Optional[_Union[Discarded, _Mapping]] = ..., grow: _Optional[_Union[Grow, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ...) -> None: ...
 
 class FromAgent(_message.Message):
     __slots__ = ("welcome", "prepared", "grown", "failed")
@@ -95,9 +93,9 @@ class LayoutText(_message.Message):
     def __init__(self, number: _Optional[int] = ..., text: _Optional[bytes] = ...) -> None: ...
 
 class Copied(_message.Message):
-    __slots__ = ("slot", "token", "run", "generation", "step", "watermark", "layout", "image_bytes")
+    __slots__ = ("slot", "nonce", "run", "generation", "step", "watermark", "layout", "image_bytes")
     SLOT_FIELD_NUMBER: _ClassVar[int]
-    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -105,32 +103,24 @@ class Copied(_message.Message):
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     slot: int
-    token: int
+    nonce: int
     run: str
     generation: int
     step: int
     watermark: int
     layout: int
     image_bytes: int
-    def __init__(self, slot: _Optional[int] = ..., token: _Optional[int] = ..., run: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., watermark: _Optional[int] = ..., layout: _Optional[int] = ..., image_bytes: _Optional[int] = ...) -> None: ...
-
-class Fenced(_message.Message):
-    __slots__ = ("slot", "token")
-    SLOT_FIELD_NUMBER: _ClassVar[int]
-    TOKEN_FIELD_NUMBER: _ClassVar[int]
-    slot: int
-    token: int
-    def __init__(self, slot: _Optional[int] = ..., token: _Optional[int] = ...) -> None: ...
+    def __init__(self, slot: _Optional[int] = ..., nonce: _Optional[int] = ..., run: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., watermark: _Optional[int] = ..., layout: _Optional[int] = ..., image_bytes: _Optional[int] = ...) -> None: ...
 
 class Discarded(_message.Message):
-    __slots__ = ("slot", "token", "reason")
+    __slots__ = ("slot", "nonce", "reason")
     SLOT_FIELD_NUMBER: _ClassVar[int]
-    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     slot: int
-    token: int
+    nonce: int
     reason: str
-    def __init__(self, slot: _Optional[int] = ..., token: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    def __init__(self, slot: _Optional[int] = ..., nonce: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Grow(_message.Message):
     __slots__ = ("slot", "image_bytes", "table_bytes")
@@ -170,14 +160,12 @@ class Goodbye(_message.Message):
     def __init__(self) -> None: ...
 
 class Prepared(_message.Message):
-    __slots__ = ("slot", "token", "nonce")
+    __slots__ = ("slot", "nonce")
     SLOT_FIELD_NUMBER: _ClassVar[int]
-    TOKEN_FIELD_NUMBER: _ClassVar[int]
     NONCE_FIELD_NUMBER: _ClassVar[int]
     slot: int
-    token: int
     nonce: int
-    def __init__(self, slot: _Optional[int] = ..., token: _Optional[int] = ..., nonce: _Optional[int] = ...) -> None: ...
+    def __init__(self, slot: _Optional[int] = ..., nonce: _Optional[int] = ...) -> None: ...
 
 class Grown(_message.Message):
     __slots__ = ("slot",)
@@ -186,16 +174,16 @@ class Grown(_message.Message):
     def __init__(self, slot: _Optional[_Union[SlotPlace, _Mapping]] = ...) -> None: ...
 
 class Failed(_message.Message):
-    __slots__ = ("slot", "token", "reason", "left")
+    __slots__ = ("slot", "nonce", "reason", "left")
     SLOT_FIELD_NUMBER: _ClassVar[int]
-    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     LEFT_FIELD_NUMBER: _ClassVar[int]
     slot: int
-    token: int
+    nonce: int
     reason: str
     left: SlotPlace
-    def __init__(self, slot: _Optional[int] = ..., token: _Optional[int] = ..., reason: _Optional[str] = ..., left: _Optional[_Union[SlotPlace, _Mapping]] = ...) -> None: ...
+    def __init__(self, slot: _Optional[int] = ..., nonce: _Optional[int] = ..., reason: _Optional[str] = ..., left: _Optional[_Union[SlotPlace, _Mapping]] = ...) -> None: ...
 
 class Nothing(_message.Message):
     __slots__ = ()

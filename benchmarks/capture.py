@@ -177,7 +177,7 @@ def _plan(arguments: list[str]) -> tuple[Plan, bool]:
         sizes=tuple(_size(size) for size in sizes.split(",")),
         iterations=given.iterations or (8 if given.quick else 12),
         rounds=given.rounds or (2 if given.quick else 3),
-        cap_s=4.0 if given.quick else 6.0,
+        cap_s=2.5 if given.quick else 6.0,
         contenders=("none", "holdfast", *peers),
         folder=given.folder or tempfile.gettempdir(),
     )

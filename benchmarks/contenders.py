@@ -106,8 +106,8 @@ class Dcp(Contender):
     def __init__(self, workload: Workload, folder: Path, options: Callable[[], dict[str, Any]]) -> None:
         super().__init__(workload)
         if not dist.is_initialized():
-            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")  # where the writing process looks for its peers
+            dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=0, world_size=1)
         self._folder = folder
         self._options = options()
         self._staged: Any = None

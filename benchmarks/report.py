@@ -249,7 +249,7 @@ def _details(measured: Measured) -> Iterator[str]:
             outside = [
                 e + h
                 for s in measured.segments("holdfast", mode, every)
-                for e, h in zip(s["ends_s"], s["hooks_s"], strict=True)
+                for e, h in zip(s["ends_s"][1:], s["hooks_s"][1:], strict=True)
             ]
             copies = f"; copies in the window {_ms(median(found.copy_s))}" if found.copy_s else ""
             yield (

@@ -213,7 +213,8 @@ class _Account:
         if self._stats is not None:
             before = self._skipped
             result.skipped = {r: n - before.get(r, 0) for r, n in self._stats.skipped.items() if n > before.get(r, 0)}
-            result.stall_s = list(self._stats.stall_s)
+            # The first entry also has what was waited for between the segments.
+            result.stall_s = list(self._stats.stall_s)[1:]
 
 
 def _note(lap: tuple[float, float], wall_s: list[float], cpu_s: list[float]) -> None:

@@ -19,7 +19,7 @@ from ..crashpoints import reach
 from ..errors import AgentUnreachable, DeadlinePassed, HoldfastError, SnapshotSkipped
 from ..snapshot.arena import Place, Slot
 from ..snapshot.beat import NONE
-from ..snapshot.record import SnapshotId, new_token
+from ..snapshot.record import SnapshotId, new_nonce
 from ..snapshot.slots import Event, SlotState, Stage, find, overwritable
 
 _log = logging.getLogger(__name__)
@@ -30,12 +30,12 @@ _NEVER: Final = 1 << 62  # no image is that large
 
 @dataclass(slots=True)
 class _Flight:
-    """What is on its way into a slot: its token, the watermark when it began, what the agent was told, its answer."""
+    """What is on its way into a slot: its nonce, the watermark when it began, what the agent was told, its answer."""
 
-    token: int
+    nonce: int
     watermark: int
     copied: wire.FromTrainer | None = None
-    nonce: int | None = None
+    recorded: bool = False
 
 
 class Holding:
@@ -118,9 +118,9 @@ class Holding:
             if not slot.place.holds(table_bytes, image_bytes):
                 self._grow(index, image_bytes, table_bytes)
                 return None
-            flight = _Flight(new_token(), keep.step if keep is not None and keep.run == id.run else NONE)
+            flight = _Flight(new_nonce(), keep.step if keep is not None and keep.run == id.run else NONE)
             reach("capture.before-open")
-            slot.open_for(flight.token)
+            slot.unseal_to_fill()
             reach("capture.opened")
             self._states[index] = self._states[index].after(Event.OPEN, id)
             self._flights[index] = flight
@@ -142,24 +142,22 @@ class Holding:
                 return
             flight = self._flights[index]
             copied = wire.Copied(
-                slot=index, token=flight.token, run=id.run, generation=id.generation, step=id.step,
+                slot=index, nonce=flight.nonce, run=id.run, generation=id.generation, step=id.step,
                 watermark=flight.watermark, layout=layout, image_bytes=image_bytes,
             )  # fmt: skip
             flight.copied = wire.FromTrainer(copied=copied)
-            self._tell_of_flight(index)
+            self._send(flight.copied)
 
     def fenced(self, id: SnapshotId) -> None:
-        """The copy is exact: seal the snapshot, now or as soon as the agent has written its record."""
+        """The copy is exact. With the agent's record, written before or after this, the snapshot is sealed."""
         with self._changed:
             index = find(self._states, id)
             if index is None:
                 return
             reach("fence.before-commit")
-            self._states[index] = self._states[index].after(Event.FENCED)
-            self._commit_if_due(index)
+            self._slots[index].commit(self._flights[index].nonce)
             reach("fence.committed")
-            if self._states[index].stage is Stage.CLEAN and self._flights[index].copied is not None:
-                self._send_fenced(index)
+            self._happened(index, Event.FENCED)
 
     def discard(self, id: SnapshotId, reason: str) -> None:
         """Give a snapshot up; its slot is free."""
@@ -171,7 +169,7 @@ class Holding:
             self._states[index] = self._states[index].after(Event.DISCARDED)
             flight = self._flights.pop(index, None)
             if flight is not None and flight.copied is not None:
-                discarded = wire.Discarded(slot=index, token=flight.token, reason=reason)
+                discarded = wire.Discarded(slot=index, nonce=flight.nonce, reason=reason)
                 self._send(wire.FromTrainer(discarded=discarded))
             self._changed.notify_all()
 
@@ -240,11 +238,10 @@ class Holding:
 
     # -- sealing and growing -----------------------------------------------------------------------------------------
 
-    def _commit_if_due(self, index: int) -> None:
+    def _happened(self, index: int, event: Event) -> None:
+        self._states[index] = self._states[index].after(event)
         if self._states[index].stage is Stage.SEALED:
-            nonce = self._flights.pop(index).nonce
-            assert nonce is not None
-            self._slots[index].commit(nonce)
+            self._flights.pop(index, None)
             self._changed.notify_all()
 
     def _grow(self, index: int, image_bytes: int, table_bytes: int) -> None:
@@ -275,18 +272,6 @@ class Holding:
     def _send(self, message: wire.FromTrainer) -> None:
         if self._attachment is not None:
             self._attachment.send(message)
-
-    def _tell_of_flight(self, index: int) -> None:
-        """Tell the agent, or its successor, of an image that is whole and not yet recorded."""
-        copied = self._flights[index].copied
-        if copied is not None:
-            self._send(copied)
-            if self._states[index].stage is Stage.CLEAN:
-                self._send_fenced(index)
-
-    def _send_fenced(self, index: int) -> None:
-        fenced = wire.Fenced(slot=index, token=self._flights[index].token)
-        self._send(wire.FromTrainer(fenced=fenced))
 
     def _attach(self, timeout_s: float) -> None:
         deadline_s = time.monotonic() + timeout_s
@@ -329,8 +314,9 @@ class Holding:
             if self._layout is not None:
                 self._send(self._layout)
             for index, state in enumerate(self._states):
-                if state.stage in (Stage.COPYING, Stage.CLEAN):  # a recorded one needs nothing more from any agent
-                    self._tell_of_flight(index)
+                flight = self._flights.get(index)
+                if flight and flight.copied and state.stage is not Stage.RECORDED:  # that needs nothing from any agent
+                    self._send(flight.copied)
             self._changed.notify_all()
 
     def _adopt(self, index: int, slot: Slot) -> None:
@@ -357,22 +343,20 @@ class Holding:
     def _prepared(self, prepared: wire.Prepared) -> None:
         with self._changed:
             flight = self._flights.get(prepared.slot)
-            if flight is None or flight.token != prepared.token or flight.nonce is not None:
-                return  # given up meanwhile
-            flight.nonce = prepared.nonce
-            self._states[prepared.slot] = self._states[prepared.slot].after(Event.PREPARED)
-            self._commit_if_due(prepared.slot)
+            if flight is not None and flight.nonce == prepared.nonce and not flight.recorded:
+                flight.recorded = True
+                self._happened(prepared.slot, Event.PREPARED)
 
     def _failed(self, failed: wire.Failed) -> None:
         _log.warning("the agent could not do its part for slot %d: %s", failed.slot, failed.reason)
-        if not failed.token:
+        if not failed.nonce:
             self._refused_bytes = self._hello.image_bytes
             if failed.HasField("left"):
                 self._grown(place_of(failed.left, self._rank))
             return
         with self._changed:
             flight, id = self._flights.get(failed.slot), self._states[failed.slot].id
-            if flight is not None and id is not None and flight.token == failed.token:
+            if flight is not None and id is not None and flight.nonce == failed.nonce:
                 self.discard(id, failed.reason)
 
     def _lost(self, attachment: Attachment, reason: HoldfastError) -> None:

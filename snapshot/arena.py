@@ -8,7 +8,7 @@ A slot is one file ``rank-<rank>.slot-<index>`` in the job's shared-memory folde
     8192 + table_bytes    image, up to the end of the file; page-aligned
 
 The trainer writes the image and the commit word, the agent the record and the tables. Before the first byte of an
-image is overwritten, the commit word is zeroed: from then on the slot holds nothing.
+image is overwritten, the commit word says so: from then on the slot holds nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ..crashpoints import reach
 from ..erasure.kernel import block_checksums, crc32c
 from ..errors import BudgetExceeded, ConfigError, Corrupt
 from .layout import Layout, align
-from .record import RECORD_BYTES, TOKEN_LIMIT, Record
+from .record import FREE_WORD, OPEN_WORD, RECORD_BYTES, Record
 
 PAGE: Final = 4096
 _WORD_OFFSET: Final = PAGE
@@ -140,24 +140,17 @@ class Slot:
         """The commit word as it stands."""
         return int(self._word[0])
 
-    def open_for(self, token: int) -> None:
-        """Unseal, for the flight *token*. Must come before the first byte of the image is overwritten."""
-        self._word[0] = token
+    def unseal_to_fill(self) -> None:
+        """The slot is being filled. Must come before the first byte of the image is overwritten."""
+        self._word[0] = OPEN_WORD
 
     def commit(self, nonce: int) -> None:
-        """Seal: one aligned 8-byte store."""
+        """The image is exact: one aligned 8-byte store. With the record of that nonce, this seals the snapshot."""
         self._word[0] = nonce
-
-    def commit_if_open_for(self, token: int, nonce: int) -> bool:
-        """Seal, unless the slot has been given another purpose since it was opened for the flight *token*."""
-        if self.word != token:
-            return False
-        self.commit(nonce)
-        return True
 
     def unseal(self) -> None:
         """From here on the slot holds nothing."""
-        self._word[0] = 0
+        self._word[0] = FREE_WORD
 
     # -- record and tables -------------------------------------------------------------------------------------------
 
@@ -167,7 +160,7 @@ class Slot:
 
     def sealed_record(self) -> Record | None:
         """The record if this slot holds a sealed snapshot, else None; damaged records count as none."""
-        if self.word < TOKEN_LIMIT:  # nothing, or being filled
+        if self.word in (FREE_WORD, OPEN_WORD):
             return None
         try:
             record, repaired = self.read_record()
@@ -180,7 +173,7 @@ class Slot:
         return record
 
     def write_record(self, record: Record) -> None:
-        """Write the record; the last thing written before the commit word."""
+        """Write the record, after the tables. With the commit word of its nonce, this seals the snapshot."""
         self._bytes[:RECORD_BYTES] = np.frombuffer(record.to_bytes(), np.uint8)
 
     def write_tables(self, checks: npt.NDArray[np.uint32], layout_text: bytes) -> None:

@@ -17,11 +17,12 @@ the same field and generator as the erasure code), so up to 32 damaged bytes are
     98   u64  nonce         106 u32 crc32c of bytes 0..106, then zeros up to 191
 
 The record is written by the agent once it has checksummed the image, and by itself proves nothing: the copy may still
-turn out torn. What seals the snapshot is the *commit word*, eight bytes elsewhere in the slot, set to the record's
-nonce after the torn-copy check has passed, by one aligned store that cannot be seen half done. While a slot is being
-filled, the word is the *token* of the flight, a random number below 2**32 that no other filling of the slot had. A nonce
-has 16 bits set in each half, and a word within ``WORD_TOLERANCE`` bits of it counts: no plausible flip of bits seals or
-unseals a slot.
+turn out torn. Beside it stands the *commit word*, eight bytes elsewhere in the slot, which the trainer sets to the record's
+nonce once the torn-copy check has passed, by one aligned store that cannot be seen half done. The two come in either
+order, and neither writer waits for the other: a snapshot is sealed when record and word are both there and agree.
+
+The trainer draws the nonce when it begins to fill the slot. It has 16 bits set in each half, and a word within
+``WORD_TOLERANCE`` bits of it counts: no plausible flip of bits seals or unseals a slot.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ _VERSION: Final = 1
 _FIELDS: Final = struct.Struct("<8sH16sQqqIIQQQIIIIQ")
 _CRC: Final = struct.Struct("<I")
 WORD_TOLERANCE: Final = 8
-TOKEN_LIMIT: Final = 1 << 32
+FREE_WORD: Final = 0
+OPEN_WORD: Final = 1  # being filled
 
 assert _FIELDS.size == 106  # the table above
 
@@ -119,14 +121,9 @@ class Record:
 
 
 def new_nonce(rng: random.Random | None = None) -> int:
-    """A random commit word: 16 bits set in each half, so far from zero, from any token and from other nonces."""
+    """A random commit word: 16 bits set in each half, so far from ``FREE_WORD``, ``OPEN_WORD`` and other nonces."""
     draw = rng or random.SystemRandom()
     return sum(1 << bit for half in (0, 32) for bit in draw.sample(range(half, half + 32), 16))
-
-
-def new_token(rng: random.Random | None = None) -> int:
-    """A random mark for one filling of a slot: not zero, below ``TOKEN_LIMIT``, hence never taken for a nonce."""
-    return (rng or random.SystemRandom()).randrange(1, TOKEN_LIMIT)
 
 
 def _payload_holds(payload: bytes) -> bool:

@@ -364,17 +364,16 @@ def test_messages_in_any_order(node: Node, trainer: Trainer) -> None:
     draw = np.random.default_rng(3)
     for _ in range(300):
         slot, step = int(draw.integers(0, 2)), int(draw.integers(0, 4))
-        trainer.say(
-            **[
-                {"fenced": wire.Fenced(slot=slot, token=step)},
-                {"discarded": wire.Discarded(slot=slot, token=step, reason="x")},
-                {"layout": wire.LayoutText(number=step, text=LAYOUT.to_text())},
-                {"copied": copied(slot, step, token=step, layout=step)},
-                {"report": wire.Report(step=step)},
-                {"hello": wire.Hello()},
-                {"goodbye": wire.Goodbye()},
-            ][int(draw.integers(0, 7))]
-        )
+        kinds: list[dict[str, Any]] = [
+            {"fenced": wire.Fenced(slot=slot, token=step)},
+            {"discarded": wire.Discarded(slot=slot, token=step, reason="x")},
+            {"layout": wire.LayoutText(number=step, text=LAYOUT.to_text())},
+            {"copied": copied(slot, step, token=step, layout=step)},
+            {"report": wire.Report(step=step)},
+            {"hello": wire.Hello()},
+            {"goodbye": wire.Goodbye()},
+        ]
+        trainer.say(**kinds[int(draw.integers(0, len(kinds)))])
     trainer.settle()
     assert held(node) == [], "only a trainer's commit word seals"
 

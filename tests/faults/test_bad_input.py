@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from faults.conftest import MakeJob
 from holdfast.errors import (
     AgentError,
     AgentMismatch,
@@ -27,6 +26,7 @@ from holdfast.errors import (
 )
 from holdfast.snapshot.arena import Slot
 from holdfast.snapshot.record import Record
+from holdfast.tests.faults.conftest import MakeJob
 from holdfast.tests.hooks.nodes import QUICK, WAIT_S, Node, bits, open_slot, until
 from torch import nn
 

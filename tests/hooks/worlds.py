@@ -125,7 +125,7 @@ class Trained:
         self.optimizer.zero_grad()
         noise = random.random() + float(np.random.rand())
         loss = (self.model(torch.randn(4, 6)) - noise).square().mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimizer.step()
 
     def bits(self) -> Any:

@@ -12,10 +12,12 @@ a schedule is one too, and a failing one is cut down before it is shown. After e
 from __future__ import annotations
 
 import random
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
 from typing import NamedTuple
 
 import pytest
@@ -23,7 +25,7 @@ from holdfast.agent import protocol
 from holdfast.hooks.pulse import Pulse, Standing
 from holdfast.hooks.ranks import Pending, Ranks
 from holdfast.snapshot.beat import NONE, VECTOR_LENGTH, Agreed
-from holdfast.snapshot.record import SnapshotId, opening_mark
+from holdfast.snapshot.record import SnapshotId
 from holdfast.snapshot.recovery import Held, plan
 from holdfast.snapshot.slots import Event, SlotState, Stage, find, overwritable
 
@@ -76,10 +78,10 @@ class Grown:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """Agent to trainer: cannot be sealed."""
+    """Agent to trainer: that image cannot be sealed; or (token 0) the slot cannot grow, and is as it was."""
 
     slot: int
-    step: int
+    token: int
 
 
 ToAgent = protocol.Event | Grow
@@ -95,11 +97,12 @@ class Agent:
     session: protocol.Session = field(default_factory=protocol.Session)
     work: list[protocol.Checksum] = field(default_factory=list)
     told: deque[ToTrainer] = field(default_factory=deque)
+    over_budget: bool = False
 
     def hear(self, event: ToAgent) -> None:
         if isinstance(event, Grow):
             self.cells[event.slot] = Cell()
-            self.told.append(Grown(event.slot))
+            self.told.append(Failed(event.slot, 0) if self.over_budget else Grown(event.slot))
             return
         self.session, actions = protocol.advance(self.session, event)
         for action in actions:
@@ -111,10 +114,10 @@ class Agent:
                 self.work.append(action)
             case protocol.TellPrepared():
                 self.told.append(action)
-            case protocol.WriteRecord(slot, id, _, watermark, nonce):
-                self.cells[slot] = replace(self.cells[slot], page=Page(id, watermark, nonce))
-            case protocol.Commit(slot, step, nonce):
-                if self.cells[slot].word == opening_mark(step):
+            case protocol.WriteRecord(slot, flight, nonce):
+                self.cells[slot] = replace(self.cells[slot], page=Page(flight.id, flight.watermark, nonce))
+            case protocol.Commit(slot, flight, nonce):
+                if self.cells[slot].word == flight.token:
                     self.cells[slot] = replace(self.cells[slot], word=nonce)
 
     def checksum(self, which: int = 0) -> None:
@@ -122,14 +125,14 @@ class Agent:
         if self.work:
             done = self.work.pop(which)
             self.nonce += 1
-            self.hear(protocol.Checksummed(done.slot, done.id, self.nonce))
+            self.hear(protocol.Checksummed(done.slot, done.token, self.nonce))
 
     def fail(self) -> None:
         """One image cannot be sealed, as ``service._checksum`` treats it."""
         if self.work:
             done = self.work.pop(0)
-            self.hear(protocol.Discarded(done.slot, done.id.step))
-            self.told.append(Failed(done.slot, done.id.step))
+            self.hear(protocol.Discarded(done.slot, done.token))
+            self.told.append(Failed(done.slot, done.token))
 
     def end(self, heard: Iterable[ToAgent]) -> list[Cell]:
         """The cells after the trainer's death, if the agent still hears *heard*. This agent itself is left alone."""
@@ -162,8 +165,12 @@ class Network:
 
     def answer(self, number: int) -> list[list[int]]:
         vectors = [begun[number] for begun in self.begun]
-        assert len({len(vector) for vector in vectors}) == 1, "ranks met in different collectives"
-        return [[min(column) for column in zip(*vectors, strict=True)]]
+        assert len({len(vector) for vector in vectors}) == 1, "ranks meet in different collectives"
+        return [[min(column) for column in zip(*vectors, strict=True)]] if is_beat(vectors[0]) else vectors
+
+
+def is_beat(vector: Sequence[int]) -> bool:
+    return len(vector) == VECTOR_LENGTH
 
 
 class Line(Ranks):
@@ -177,17 +184,18 @@ class Line(Ranks):
     def gather(self, payload: bytes, what: str, timeout_s: float) -> list[bytes]:
         raise NotImplementedError
 
-    def reduce_min(self, vector: Sequence[int]) -> Pending:
-        assert len(vector) == VECTOR_LENGTH
+    def reduce_min(self, vector: Sequence[int]) -> Pending[list[list[int]]]:
+        assert is_beat(vector)
         return self._begin(list(vector))
 
-    def exchange(self, vector: Sequence[int]) -> Pending:
-        return self._begin([*vector, 0])  # another length than a beat's
+    def exchange(self, vector: Sequence[int]) -> Pending[list[list[int]]]:
+        assert not is_beat(vector)
+        return self._begin(list(vector))
 
-    def _begin(self, vector: list[int]) -> Pending:
+    def _begin(self, vector: list[int]) -> Pending[list[list[int]]]:
         begun = self.network.begun[self.rank]
         begun.append(vector)
-        return Late(self, len(begun) - 1, is_beat=len(vector) == VECTOR_LENGTH)
+        return Late(self, len(begun) - 1)
 
     @property
     def waits(self) -> bool:
@@ -195,11 +203,12 @@ class Line(Ranks):
         return len(self.network.begun[self.rank]) > self.network.over
 
 
-class Late(Pending):
+class Late(Pending[list[list[int]]]):
     """An answer that is there once it was delivered. A patient wait lets it be delivered, if all have begun."""
 
-    def __init__(self, line: Line, number: int, *, is_beat: bool) -> None:
-        self._line, self._number, self._is_beat = line, number, is_beat
+    def __init__(self, line: Line, number: int) -> None:
+        super().__init__(None, list)
+        self._line, self._number = line, number
 
     def result(self, timeout_s: float) -> list[list[int]] | None:
         network, rank = self._line.network, self._line.rank
@@ -207,22 +216,33 @@ class Late(Pending):
             network.delivered[rank] = max(network.delivered[rank], self._number + 1)
         if network.delivered[rank] <= self._number:
             return None
-        self._line.settled += self._is_beat
+        self._line.settled += is_beat(network.begun[rank][self._number])
         return network.answer(self._number)
 
 
 @dataclass(slots=True)
-class Flight:
-    """A copy and its window. ``touched``: what is copied was changed since the copy began."""
+class Copy:
+    """A copy into a slot, and its window. ``touched``: what is copied was changed since it began."""
 
     truth: Truth
     slot: int
+    token: int
     touched: bool = False
     landed: bool = False
 
 
+@dataclass(slots=True)
+class Flight:
+    """As ``hooks.holding._Flight``."""
+
+    token: int
+    watermark: int
+    copied: protocol.Copied | None = None
+    nonce: int | None = None
+
+
 class Holding:
-    """As ``hooks.holding``, method by method, without threads."""
+    """As ``hooks.holding.Holding``, method by method, without threads."""
 
     def __init__(self, agent: Agent) -> None:
         self.agent: Agent | None = agent
@@ -230,66 +250,71 @@ class Holding:
         self.sent: deque[ToAgent] = deque()
         self.attached = True
         self.fits = [True] * len(agent.cells)
-        self.flights: dict[int, list[protocol.Event]] = {}
-        self.nonces: dict[int, int] = {}
-        self.states: list[SlotState] = []
-        for index, cell in enumerate(self.cells):
-            self.states.append(SlotState(Stage.SEALED, cell.sealed.id) if cell.sealed else SlotState())
-            if not cell.sealed:
-                self.store(index, 0)
+        self.refused = False
+        self.flights: dict[int, Flight] = {}
+        self.states: list[SlotState] = [SlotState()] * len(agent.cells)
+        self.tokens = count(1)
+        for index in range(len(self.cells)):
+            self._adopt(index)
 
     def objection(self) -> str | None:
         if not self.attached:
             return "agent-away"
-        return None if overwritable(self.states, max(self.sealed(), default=None)) is not None else "slots-busy"
+        sealed = [id for id, is_sealed in self.held().items() if is_sealed]
+        return None if overwritable(self.states, max(sealed, default=None)) is not None else "slots-busy"
 
     def open(self, id: SnapshotId, keep: SnapshotId | None) -> int | None:
         index = overwritable(self.states, keep)
         if index is None or not self.attached:
             return None
         if not self.fits[index]:
-            self.store(index, 0)
-            self.states[index] = self.states[index].after(Event.OUTGROWN)
-            self.sent.append(Grow(index))
+            if not self.refused:
+                self.store(index, 0)
+                self.states[index] = self.states[index].after(Event.OUTGROWN)
+                self.sent.append(Grow(index))
             return None
-        self.cells[index] = replace(self.cells[index], word=opening_mark(id.step), content=None)
-        self.states[index] = self.states[index].after(Event.OPEN, id)
-        self.nonces.pop(index, None)
-        self.flights[index] = []
         watermark = keep.step if keep is not None and keep.run == id.run else NONE
-        self._tell(index, protocol.Opened(index, id, watermark))
+        self.flights[index] = Flight(next(self.tokens), watermark)
+        self.cells[index] = replace(self.cells[index], word=self.flights[index].token, content=None)
+        self.states[index] = self.states[index].after(Event.OPEN, id)
         return index
 
     def copied(self, id: SnapshotId) -> None:
         if (index := find(self.states, id)) is not None:
-            self._tell(index, protocol.Copied(index, id.step, 1, 1))
+            flight = self.flights[index]
+            flight.copied = protocol.Copied(index, flight.token, id, flight.watermark, layout=1, image_bytes=1)
+            self._tell_of_flight(index)
 
     def fenced(self, id: SnapshotId) -> None:
         if (index := find(self.states, id)) is not None:
             self.states[index] = self.states[index].after(Event.FENCED)
             self._commit_if_due(index)
-            self._tell(index, protocol.Fenced(index, id.step))
+            if self.states[index].stage is Stage.CLEAN and self.flights[index].copied is not None:
+                self._send(protocol.Fenced(index, self.flights[index].token))
 
     def discard(self, id: SnapshotId) -> None:
         if (index := find(self.states, id)) is not None:
             self.store(index, 0)
             self.states[index] = self.states[index].after(Event.DISCARDED)
-            self.flights.pop(index, None)
-            self._send(protocol.Discarded(index, id.step))
+            flight = self.flights.pop(index, None)
+            if flight is not None and flight.copied is not None:
+                self._send(protocol.Discarded(index, flight.token))
 
-    def sealed(self) -> list[SnapshotId]:
-        return [s.id for s in self.states if s.stage is Stage.SEALED and s.id is not None]
+    def held(self) -> dict[SnapshotId, bool]:
+        return {state.id: state.stage is Stage.SEALED for state in self.states if state.id is not None}
 
     def hear(self, message: ToTrainer) -> None:
-        state = self.states[message.slot]
+        state, flight = self.states[message.slot], self.flights.get(message.slot)
         match message:
             case Grown(slot):
                 self.states[slot], self.fits[slot] = state.after(Event.DISCARDED), True
-            case Failed(_, step) if state.id is not None and state.id.step == step:
+            case Failed(slot, 0):
+                self.states[slot], self.refused = state.after(Event.DISCARDED), True
+            case Failed(_, token) if flight is not None and flight.token == token and state.id is not None:
                 self.discard(state.id)
-            case protocol.TellPrepared(slot, step, nonce):
-                if state.id and state.id.step == step and state.stage in (Stage.COPYING, Stage.CLEAN):
-                    self.nonces[slot] = nonce
+            case protocol.TellPrepared(slot, token, nonce):
+                if flight is not None and flight.token == token and flight.nonce is None:
+                    flight.nonce = nonce
                     self.states[slot] = state.after(Event.PREPARED)
                     self._commit_if_due(slot)
 
@@ -299,27 +324,42 @@ class Holding:
         self.sent.clear()
 
     def reattach(self, agent: Agent) -> None:
-        self.agent, self.attached = agent, True
+        """*agent* offers its cells: the ones mapped already, or others, if it had to make them anew."""
+        anew = agent.cells is not self.cells
+        self.agent, self.cells, self.attached, self.refused = agent, agent.cells, True, False
         for index, state in enumerate(self.states):
-            if state.stage is Stage.GROWING:
-                self.states[index], self.fits[index] = state.after(Event.DISCARDED), True
+            if anew or state.stage is Stage.GROWING:
+                self._adopt(index)
             elif state.stage in (Stage.COPYING, Stage.CLEAN):
-                self.sent.extend(self.flights[index])
+                self._tell_of_flight(index)
 
     def store(self, index: int, word: int) -> None:
         self.cells[index] = replace(self.cells[index], word=word)
 
+    def _adopt(self, index: int) -> None:
+        sealed = self.cells[index].sealed
+        if sealed is None:
+            self.store(index, 0)
+        self.states[index] = SlotState(Stage.SEALED, sealed.id) if sealed else SlotState()
+        self.flights.pop(index, None)
+        self.fits[index] = True
+
     def _commit_if_due(self, index: int) -> None:
         if self.states[index].stage is Stage.SEALED:
-            self.store(index, self.nonces.pop(index))
+            nonce = self.flights.pop(index).nonce
+            assert nonce is not None
+            self.store(index, nonce)
+
+    def _tell_of_flight(self, index: int) -> None:
+        flight = self.flights[index]
+        if flight.copied is not None:
+            self._send(flight.copied)
+            if self.states[index].stage is Stage.CLEAN:
+                self._send(protocol.Fenced(index, flight.token))
 
     def _send(self, event: protocol.Event) -> None:
         if self.attached:
             self.sent.append(event)
-
-    def _tell(self, index: int, event: protocol.Event) -> None:
-        self.flights[index].append(event)
-        self._send(event)
 
 
 class Copier:
@@ -327,7 +367,7 @@ class Copier:
 
     def __init__(self, holding: Holding) -> None:
         self.holding = holding
-        self.copies: deque[Flight] = deque()
+        self.copies: deque[Copy] = deque()
 
     @property
     def busy(self) -> bool:
@@ -338,8 +378,9 @@ class Copier:
             copy = self.copies[0]
             copy.landed = True
             cell = self.holding.cells[copy.slot]
-            exact = not copy.touched and cell.word == opening_mark(copy.truth.id.step)
-            self.holding.cells[copy.slot] = replace(cell, content=copy.truth if exact else None)
+            if cell.word < 1 << 32:  # being filled, or free
+                exact = not copy.touched and cell.word == copy.token
+                self.holding.cells[copy.slot] = replace(cell, content=copy.truth if exact else None)
 
     def tell(self) -> None:
         if self.copies and self.copies[0].landed:
@@ -351,6 +392,61 @@ class Copier:
             self.land()
 
 
+class Binder:
+    """As ``hooks.binder.Binder``: a layout is made in an exchange between all ranks. The first one is there already."""
+
+    def __init__(self, line: Line) -> None:
+        self.line = line
+        self.bound = True
+        self.exchange: tuple[bool, Pending[list[list[int]]]] | None = None
+        self.is_stale = False
+        self.changed = False  # the state has another structure than when it was surveyed
+        self.refuses = False  # the state cannot be surveyed
+        self.shares = False  # the ranks hold something alike
+        self.sum = 0  # of what they should hold alike
+
+    @property
+    def started(self) -> bool:
+        return self.bound or self.exchange is not None
+
+    @property
+    def stale(self) -> bool:
+        return self.is_stale and self.exchange is None
+
+    def begin(self, when: int) -> None:
+        self.exchange = (not self.refuses, self.line.exchange([when, self.sum]))
+        if self.refuses:
+            raise RuntimeError("the state cannot be surveyed")
+        self.changed = False
+
+    def finish(self, timeout_s: float) -> bool:
+        if self.exchange is None:
+            return True
+        self.is_stale = False
+        surveyed, pending = self.exchange
+        gathered = pending.result(timeout_s)
+        if gathered is None:
+            return False
+        self.exchange = None
+        if not surveyed or len({vector[0] for vector in gathered}) > 1:
+            self.bound, self.is_stale = False, True
+            return True
+        self.bound, self.shares = True, self.shares and len({vector[1] for vector in gathered}) == 1
+        return True
+
+    def first(self, timeout_s: float) -> None:
+        if not self.started:
+            self.begin(0)
+        if not self.finish(timeout_s):
+            raise RuntimeError("not all ranks described their state")
+
+    def current(self) -> bool:
+        if not self.finish(0.0) or not self.bound:
+            return False
+        self.is_stale = self.is_stale or self.changed
+        return not self.changed
+
+
 class Rank:
     """As ``hooks.checkpointer.Checkpointer``. ``step`` is the one running; ``name_shift`` what the user misnames it by."""
 
@@ -359,107 +455,102 @@ class Rank:
         self.line = Line(network, number)
         self.holding = Holding(agent)
         if restored is not None:
-            for newer in [id for id in self.holding.sealed() if id > restored]:
+            for newer in [id for id in self.holding.held() if id > restored]:
                 self.holding.discard(newer)
         self.copier = Copier(self.holding)
+        self.binder = Binder(self.line)
         self.generation, self.run = run
         self.restored = restored
-        self.floor = restored or max(self.holding.sealed(), default=None)
+        self.floor = restored or max(self.holding.held(), default=None)
         self.step = restored.step + 1 if restored else 1
         self.name_shift = 0
-        self.flight: Flight | None = None
+        self.copy: Copy | None = None  # whose window is open
         self.fenced = False
         self.asked_at = 0  # the step in which the last beat was begun
         self.able = self.well = True
         self.fails_at = ""  # the stage of the next snapshot's beginning that raises
-        self.stale_layout = False
-        self.exchange: Pending | None = None
+        self.digest: int | None = None
         self.taken: list[int] = []
-        self.reasons: Counter[str | None] = Counter()
+        self.layouts = 0  # begun since the first
         self.pulse = Pulse(
             self.line,
             len(agent.cells),
             Agreed(watermark=restored.step if restored else NONE),
-            dropped=self.dropped,
+            dropped=lambda step: self.holding.discard(self.id(step)),
             relayout=self.relayout,
         )
-
-    # -- the checkpointer's methods --
 
     def fence(self, *, stuck: bool = False) -> None:
         self.close_window(stuck=stuck)
         self.fenced = True
-        self._guard(self._start)
+        if self.binder.started:
+            self._guard(self._start)
         for copy in self.copier.copies:  # the optimizer changes what is being copied
             copy.touched = copy.touched or not copy.landed
 
     def end(self, *, patient: bool, wanted: bool) -> None:
         self.close_window()
-        name = self.step + self.name_shift
+        name, timeout_s = self.step + self.name_shift, 1.0 if patient else 0.0
         self.step, self.fenced = self.step + 1, False
-        self._guard(lambda: self._harvest(name, patient=patient, wanted=wanted))
+        if not self.binder.started:
+            self._guard(lambda: self.binder.first(timeout_s))
+        self._guard(lambda: self._harvest(name, timeout_s, wanted=wanted))
 
     def _start(self) -> None:
-        begun = len(self.line.network.begun[self.number])
+        beats = self._beats()
         try:
             self.pulse.start(self.standing)
         finally:
-            if len(self.line.network.begun[self.number]) > begun:
+            if self._beats() > beats:
                 self.asked_at = self.step
 
-    def _harvest(self, name: int, *, patient: bool, wanted: bool) -> None:
-        verdict = self.pulse.harvest(name, wanted, self.standing, 1.0 if patient else 0.0)
-        self.reasons[verdict.reason] += 1
-        if verdict.take:
+    def _beats(self) -> int:
+        return sum(map(is_beat, self.line.network.begun[self.number]))
+
+    def _harvest(self, name: int, timeout_s: float, *, wanted: bool) -> None:
+        if self.pulse.harvest(name, wanted, self.standing, timeout_s).take:
             self.take(self.id(name))
 
     def _guard(self, work: Callable[[], None]) -> None:
-        try:
+        with suppress(RuntimeError):
             work()
-        except RuntimeError:
-            self.reasons["error"] += 1
 
     def close_window(self, *, stuck: bool = False) -> None:
-        flight, self.flight = self.flight, None
-        if flight is None:
+        copy, self.copy = self.copy, None
+        if copy is None:
             return
         if stuck and self.copier.busy:  # the fence's deadline passes
-            self.give_up(flight.truth.id)
+            self.holding.discard(copy.truth.id)
             return
         self.copier.finish()
-        if flight.touched:
-            self.give_up(flight.truth.id)
+        if copy.touched:
+            self.holding.discard(copy.truth.id)
             return
-        self.holding.fenced(flight.truth.id)
+        self.holding.fenced(copy.truth.id)
 
     def take(self, id: SnapshotId) -> None:
         fails_at, self.fails_at = self.fails_at, ""
-        slot = None
-        if self.layout_is_current() and fails_at != "open":
-            slot = self.holding.open(id, self.keep())
+        slot = self.holding.open(id, self.keep()) if self.binder.current() and fails_at != "open" else None
         if slot is None or fails_at == "start":
-            self.give_up(id)
+            self.holding.discard(id)
             return
-        self.flight = Flight(Truth(id, id.step - self.name_shift), slot)
-        self.copier.copies.append(self.flight)
+        self.copy = Copy(Truth(id, id.step - self.name_shift), slot, self.holding.flights[slot].token)
+        self.copier.copies.append(self.copy)
+        self.digest = self.copy.truth.real_step << 8 | self.binder.sum if self.binder.shares else None
         self.taken.append(id.step)
-
-    def give_up(self, id: SnapshotId) -> None:
-        self.holding.discard(id)
-        self.pulse.give_up(id.step)
-
-    def dropped(self, step: int) -> None:
-        if self.flight is not None and self.flight.truth.id.step == step:
-            self.flight = None
-        self.holding.discard(self.id(step))
 
     def standing(self) -> Standing:
         if not self.well:
-            raise RuntimeError("the state cannot be surveyed")
-        current = self.layout_is_current()
-        objects = self.copier.busy or self.exchange is not None or self.holding.objection() is not None
-        sealed = frozenset(id.step for id in self.holding.sealed() if id.run == self.run)
-        return Standing(sealed, self.able and not objects, self.exchange is None and not current, 0)
+            raise RuntimeError("whatever it is")
+        finished = self.binder.finish(0.0)
+        objects = self.copier.busy or not finished or self.holding.objection() is not None
+        held = {id.step: sealed for id, sealed in self.holding.held().items() if id.run == self.run}
+        return Standing(held, self.able and not objects, self.binder.stale, 0, self.digest)
+
+    def relayout(self, ordinal: int) -> None:
+        self.digest = None
+        self.layouts += 1
+        self.binder.begin(ordinal)
 
     def id(self, step: int) -> SnapshotId:
         return SnapshotId(self.generation, step, self.run)
@@ -467,17 +558,6 @@ class Rank:
     def keep(self) -> SnapshotId | None:
         started_from = self.restored.step if self.restored else NONE
         return self.floor if self.pulse.agreed.watermark == started_from else self.id(self.pulse.agreed.watermark)
-
-    # -- the binder's --
-
-    def relayout(self) -> None:
-        self.stale_layout = False
-        self.exchange = self.line.exchange([0] * VECTOR_LENGTH)
-
-    def layout_is_current(self) -> bool:
-        if self.exchange is not None and self.exchange.result(0.0) is not None:
-            self.exchange = None
-        return self.exchange is None and not self.stale_layout
 
 
 # -- the world -----------------------------------------------------------------------------------------------------------
@@ -491,6 +571,7 @@ class World:
         agreed: what was agreed after so many beats, by the first rank that settled them.
         restores: how often the job was killed and started again.
         unknown_may_go: whether what is complete, but not yet known to be, may be given up for something older.
+        memory_gone: whether memory was lost that no process of ours gave away: nothing need be restorable then.
     """
 
     def __init__(self, ranks: int, slots: int, *, skew: int = 0, every: int = 1) -> None:
@@ -498,7 +579,8 @@ class World:
         self.best: SnapshotId | None = None
         self.restores = 0
         self.run_number = 0
-        self.misnamed = self.unknown_may_go = False
+        self.misnamed = self.unknown_may_go = self.memory_gone = False
+        self.wiped: set[int] = set()
         self._begin([[Cell()] * slots for _ in range(ranks)])
 
     def _begin(self, cells: list[list[Cell]]) -> None:
@@ -609,8 +691,8 @@ class World:
     # -- faults --
 
     def on_touch(self, rank: Rank) -> None:
-        if rank.flight is not None:
-            rank.flight.touched = True
+        if rank.copy is not None:
+            rank.copy.touched = True
 
     def on_fence_stuck(self, rank: Rank) -> None:
         rank.fence(stuck=True)
@@ -627,12 +709,29 @@ class World:
     def on_outgrow(self, rank: Rank) -> None:
         rank.holding.fits = [False] * len(rank.holding.fits)
 
+    def on_grow_fails(self, rank: Rank) -> None:
+        if rank.holding.agent is not None:
+            rank.holding.agent.over_budget = True
+
     def on_relayout(self, rank: Rank) -> None:
-        rank.stale_layout = True
+        rank.binder.changed = True
+
+    def on_refuse(self, rank: Rank) -> None:
+        rank.binder.refuses = not rank.binder.refuses
+
+    def on_drift(self, rank: Rank) -> None:
+        """What this rank should hold as the others do is not the same any more."""
+        rank.binder.sum += 1
 
     def on_kill_agent(self, rank: Rank) -> None:
         rank.holding.agent = None
         rank.holding.lose()
+
+    def on_wipe(self, rank: Rank) -> None:
+        """The agent dies, and somebody cleans up its shared memory before it comes back."""
+        self.on_kill_agent(rank)
+        self.wiped.add(rank.number)
+        self.memory_gone = True
 
     def on_break_stream(self, rank: Rank) -> None:
         """Trainer and agent live; the stream between them does not."""
@@ -646,7 +745,9 @@ class World:
         if holding.attached or (holding.agent is not None and not holding.agent.session.settled):
             return
         self.run_number += 1  # for fresh nonces
-        holding.reattach(Agent(holding.cells, (rank.number + 1) << 50 | self.run_number << 40))
+        cells = [Cell()] * len(holding.cells) if rank.number in self.wiped else holding.cells
+        self.wiped.discard(rank.number)
+        holding.reattach(Agent(cells, (rank.number + 1) << 50 | self.run_number << 40))
 
     def on_crash(self, _: Rank) -> None:
         """Everything is killed and started again."""
@@ -676,6 +777,8 @@ class World:
     def check(self) -> None:
         self._check_memory()
         self._check_agreement()
+        if self.memory_gone:
+            return
         watermarks = (rank.keep() for rank in self.ranks if rank.pulse.agreed.watermark != NONE)
         known = max((id for id in watermarks if id is not None), default=None)
         as_it_is = [rank.holding.cells for rank in self.ranks]
@@ -740,7 +843,8 @@ def calm(world: World, rounds: int) -> list[int]:
     """No more faults from here on: *rounds* steps in which everything is in time. Returns the watermark after each."""
     for rank in world.ranks:
         rank.able = rank.well = True
-        rank.fails_at = ""
+        rank.binder.refuses, rank.fails_at = False, ""
+        rank.holding.fits = [True] * len(rank.holding.fits)  # whatever was too large is small again
         world.happen("seal", rank.number)
         world.happen("reattach", rank.number)
         world.happen("seal", rank.number)
@@ -888,7 +992,7 @@ def test_snapshots_come_as_often_as_sealing_allows(slots: int, late: int, per_12
                 world.happen(event, rank.number)
         for rank in world.ranks:
             agent = rank.holding.agent
-            while agent and agent.work and agent.work[0].id.step + late < rank.step:
+            while agent and agent.work and rank.number_of(agent.work[0].token) + late < rank.step:
                 world.happen("checksum", rank.number)
                 world.happen("trainer", rank.number)
     first, second = (rank.taken for rank in world.ranks)

@@ -45,28 +45,27 @@ def image() -> Iterator[tuple[Path, Large]]:
     """A sealed image of a ``Large``, and that."""
     folder = Path(f"/dev/shm/live-{uuid.uuid4().hex[:10]}")
     folder.mkdir(mode=0o700)
-    arenas, copier, model = (
-        Arenas(NodeSettings("live", folder, folder / "s", False), "a", None, measure),
-        CpuCopier(),
-        Large(1),
-    )
-    survey = TrainingState({"": model}, {}, {}).survey()
-    layout = Layout.of(1, [item.slice for item in survey.items])
-    size = layout.values_offset + VALUES.nbytes
-    arenas.reserve(0, 1, image_bytes=size, table_bytes=8192)
-    slot = arenas.slot(0, 0)
-    slot.open_for(7)
-    capture = Capture(bind(layout, survey), copier)
-    capture.start(slot, lambda seconds: None)
-    capture.fence(60.0)
-    slot.image[layout.values_offset : size] = VALUES
-    sums = arenas.checksum(0, 0, size)
-    arenas.write_record(0, Flight(7, ID, watermark=-1, layout=1), sums, rank=0, world=1, layout=layout.to_text())
-    slot.commit(sums.nonce)
-    yield Path(slot.place.path), model
-    copier.close()
-    arenas.close()
-    shutil.rmtree(folder)
+    arenas = Arenas(NodeSettings("live", folder, folder / "s", False), "a", None, measure)
+    copier, model = CpuCopier(), Large(1)
+    try:
+        survey = TrainingState({"": model}, {}, {}).survey()
+        layout = Layout.of(1, [item.slice for item in survey.items])
+        size = layout.values_offset + VALUES.nbytes
+        arenas.reserve(0, 1, image_bytes=size, table_bytes=8192)
+        slot = arenas.slot(0, 0)
+        slot.open_for(7)
+        capture = Capture(bind(layout, survey), copier)
+        capture.start(slot, lambda seconds: None)
+        capture.fence(60.0)
+        slot.image[layout.values_offset : size] = VALUES
+        sums = arenas.checksum(0, 0, size)
+        arenas.write_record(0, Flight(7, ID, watermark=-1, layout=1), sums, rank=0, world=1, layout=layout.to_text())
+        slot.commit(sums.nonce)
+        yield Path(slot.place.path), model
+    finally:
+        copier.close()
+        arenas.close()
+        shutil.rmtree(folder)
 
 
 def items_of(model: nn.Module) -> tuple[Item, ...]:

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -89,7 +89,8 @@ def darkroom() -> Iterator[Darkroom]:
 @pytest.fixture
 def process_group() -> Iterator[None]:
     """A default group of this process alone: enough for DDP to wrap a model."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
@@ -213,7 +214,8 @@ class Tied(nn.Module):
         x = self.embed(x)
         for norm in self.shared_twice:
             x = norm(x)
-        return self.head(x)
+        out: torch.Tensor = self.head(x)
+        return out
 
 
 class Frozen(nn.Sequential):
@@ -236,7 +238,8 @@ class Buffers(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.seen += 1
-        return self.norm(self.linear(x)) + self.passing.sum()
+        out: torch.Tensor = self.norm(self.linear(x)) + self.passing.sum()
+        return out
 
 
 class WithExtraState(nn.Linear):
@@ -282,17 +285,22 @@ class Kinds(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         odd = self.transposed.sum() + self.channels_last.square().sum() + self.strided.sum() + self.zero_d.float()
-        return self.linear(x) + odd + self.parametrized.abs().sum() + self.empty.sum() + self.no_columns.sum()
+        out: torch.Tensor = (
+            self.linear(x) + odd + self.parametrized.abs().sum() + self.empty.sum() + self.no_columns.sum()
+        )
+        return out
 
 
 class ChannelsLast(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(1, 4, 3).to(memory_format=torch.channels_last)
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.conv.weight.data = self.conv.weight.data.to(memory_format=torch.channels_last)
         self.wide = nn.Parameter(torch.randn(300, 1000).t())  # more than a streamed copy's first megabyte
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(x.view(-1, 1, 6, 1).expand(-1, -1, -1, 6)).flatten(1) + self.wide[:1, :1]
+        out: torch.Tensor = self.conv(x.view(-1, 1, 6, 1).expand(-1, -1, -1, 6)).flatten(1) + self.wide[:1, :1]
+        return out
 
 
 def _mlp() -> nn.Module:
@@ -384,7 +392,7 @@ def test_models_come_back(darkroom: Darkroom, model: str) -> None:
 
 def _uncompiled(model: nn.Module) -> nn.Module:
     if hasattr(model, "_orig_mod"):
-        model.forward = model._orig_mod.forward
+        model.forward = model._orig_mod.forward  # type: ignore[union-attr]
     return model
 
 
@@ -469,8 +477,10 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Any]] = {
     "adamw-fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
     "adamw-amsgrad": lambda p: torch.optim.AdamW(p, lr=1e-2, amsgrad=True),
     "adamw-tensor-lr": lambda p: torch.optim.AdamW(p, lr=torch.tensor(1e-2), foreach=False),
-    "adam-groups": lambda p: torch.optim.Adam([{"params": p[:1], "lr": 1e-1}, {"params": p[1:], "betas": (0.5, 0.6)}]),
-    "adam-named": lambda p: torch.optim.Adam([(f"n{i}", x) for i, x in enumerate(p)]),
+    "adam-groups": lambda p: torch.optim.Adam(
+        cast(Any, [{"params": p[:1], "lr": 1e-1}, {"params": p[1:], "betas": (0.5, 0.6)}])
+    ),
+    "adam-named": lambda p: torch.optim.Adam(cast(Any, [(f"n{i}", x) for i, x in enumerate(p)])),
     "sgd": lambda p: torch.optim.SGD(p, lr=1e-2),
     "sgd-momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, nesterov=True),
     "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
@@ -516,7 +526,7 @@ def test_parameters_that_no_model_owns(darkroom: Darkroom) -> None:
             loss = (model(torch.randn(4, 6)) * alpha.exp().sum()).square().mean()
             for optimizer in optimizers.values():
                 optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             for optimizer in optimizers.values():
                 optimizer.step()
 
@@ -590,7 +600,7 @@ class Counter:
 def _with_extras() -> Training:
     model = _mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)  # type: ignore[no-untyped-call]
     seed = int(torch.randint(0, 1 << 30, ()).item())
     extras: dict[str, Any] = {
         "ema": ema,
@@ -644,7 +654,7 @@ def test_an_ema_as_a_second_model(darkroom: Darkroom) -> None:
     def build() -> Training:
         training = Training.of(_mlp())
         model = training.models[""]
-        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))  # type: ignore[no-untyped-call]
         inner = training.turn
         assert inner is not None
 
@@ -824,7 +834,7 @@ def test_a_survey_holds_until_something_changes() -> None:
     survey = state.survey()
     optimizer.step()
     assert state.unchanged(survey)
-    model[1].running_mean = torch.ones(2)  # type: ignore[assignment]
+    model[1].running_mean = torch.ones(2)
     assert not state.unchanged(survey), "a buffer was replaced"
     survey = state.survey()
     model.append(nn.Linear(2, 2))
