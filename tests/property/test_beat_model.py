@@ -25,7 +25,7 @@ from holdfast.agent import protocol
 from holdfast.hooks.pulse import Pulse, Standing
 from holdfast.hooks.ranks import Pending, Ranks
 from holdfast.snapshot.beat import NONE, VECTOR_LENGTH, Agreed
-from holdfast.snapshot.record import SnapshotId
+from holdfast.snapshot.record import FREE_WORD, OPEN_WORD, SnapshotId
 from holdfast.snapshot.recovery import Held, plan
 from holdfast.snapshot.slots import Event, SlotState, Stage, find, overwritable
 
@@ -51,11 +51,13 @@ class Truth(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One slot in shared memory. ``content`` is None while the image is partial, torn or mixed."""
+    """One slot in shared memory. ``content`` is None while the image is partial, torn or mixed; ``filling`` is the nonce
+    under which it was last filled, which is not in memory either."""
 
-    word: int = 0
+    word: int = FREE_WORD
     page: Page | None = None
     content: Truth | None = None
+    filling: int = 0
 
     @property
     def sealed(self) -> Page | None:
@@ -78,10 +80,10 @@ class Grown:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """Agent to trainer: that image cannot be sealed; or (token 0) the slot cannot grow, and is as it was."""
+    """Agent to trainer: that image cannot be sealed; or (nonce 0) the slot cannot grow, and is as it was."""
 
     slot: int
-    token: int
+    nonce: int
 
 
 ToAgent = protocol.Event | Grow
@@ -93,7 +95,6 @@ class Agent:
     """One rank's agent: the real protocol; its actions done on cells. ``work`` is being checksummed."""
 
     cells: list[Cell]
-    nonce: int
     session: protocol.Session = field(default_factory=protocol.Session)
     work: list[protocol.Checksum] = field(default_factory=list)
     told: deque[ToTrainer] = field(default_factory=deque)
@@ -106,41 +107,32 @@ class Agent:
             return
         self.session, actions = protocol.advance(self.session, event)
         for action in actions:
-            self._perform(action)
-
-    def _perform(self, action: protocol.Action) -> None:
-        match action:
-            case protocol.Checksum():
-                self.work.append(action)
-            case protocol.TellPrepared():
-                self.told.append(action)
-            case protocol.WriteRecord(slot, flight, nonce):
-                self.cells[slot] = replace(self.cells[slot], page=Page(flight.id, flight.watermark, nonce))
-            case protocol.Commit(slot, flight, nonce):
-                if self.cells[slot].word == flight.token:
-                    self.cells[slot] = replace(self.cells[slot], word=nonce)
+            match action:
+                case protocol.Checksum():
+                    self.work.append(action)
+                case protocol.TellPrepared():
+                    self.told.append(action)
+                case protocol.WriteRecord(slot, flight):
+                    self.cells[slot] = replace(self.cells[slot], page=Page(flight.id, flight.watermark, flight.nonce))
 
     def checksum(self, which: int = 0) -> None:
         """One image is through."""
         if self.work:
             done = self.work.pop(which)
-            self.nonce += 1
-            self.hear(protocol.Checksummed(done.slot, done.token, self.nonce))
+            self.hear(protocol.Checksummed(done.slot, done.nonce))
 
     def fail(self) -> None:
         """One image cannot be sealed, as ``service._checksum`` treats it."""
         if self.work:
             done = self.work.pop(0)
-            self.hear(protocol.Discarded(done.slot, done.token))
-            self.told.append(Failed(done.slot, done.token))
+            self.hear(protocol.Discarded(done.slot, done.nonce))
+            self.told.append(Failed(done.slot, done.nonce))
 
     def end(self, heard: Iterable[ToAgent]) -> list[Cell]:
         """The cells after the trainer's death, if the agent still hears *heard*. This agent itself is left alone."""
-        last = Agent(list(self.cells), self.nonce, self.session, list(self.work))
+        last = Agent(list(self.cells), self.session, list(self.work))
         for event in heard:
             last.hear(event)
-        if last.session.alive:
-            last.hear(protocol.TrainerLost())
         while last.work:
             last.checksum()
         return last.cells
@@ -226,7 +218,7 @@ class Copy:
 
     truth: Truth
     slot: int
-    token: int
+    nonce: int
     touched: bool = False
     landed: bool = False
 
@@ -235,14 +227,16 @@ class Copy:
 class Flight:
     """As ``hooks.holding._Flight``."""
 
-    token: int
+    nonce: int
     watermark: int
     copied: protocol.Copied | None = None
-    nonce: int | None = None
+    recorded: bool = False
 
 
 class Holding:
     """As ``hooks.holding.Holding``, method by method, without threads."""
+
+    nonces = count(OPEN_WORD + 1)
 
     def __init__(self, agent: Agent) -> None:
         self.agent: Agent | None = agent
@@ -253,7 +247,6 @@ class Holding:
         self.refused = False
         self.flights: dict[int, Flight] = {}
         self.states: list[SlotState] = [SlotState()] * len(agent.cells)
-        self.tokens = count(1)
         for index in range(len(self.cells)):
             self._adopt(index)
 
@@ -269,36 +262,34 @@ class Holding:
             return None
         if not self.fits[index]:
             if not self.refused:
-                self.store(index, 0)
+                self.store(index, FREE_WORD)
                 self.states[index] = self.states[index].after(Event.OUTGROWN)
                 self.sent.append(Grow(index))
             return None
         watermark = keep.step if keep is not None and keep.run == id.run else NONE
-        self.flights[index] = Flight(next(self.tokens), watermark)
-        self.cells[index] = replace(self.cells[index], word=self.flights[index].token, content=None)
+        flight = self.flights[index] = Flight(next(self.nonces), watermark)
+        self.cells[index] = replace(self.cells[index], word=OPEN_WORD, content=None, filling=flight.nonce)
         self.states[index] = self.states[index].after(Event.OPEN, id)
         return index
 
     def copied(self, id: SnapshotId) -> None:
         if (index := find(self.states, id)) is not None:
             flight = self.flights[index]
-            flight.copied = protocol.Copied(index, flight.token, id, flight.watermark, layout=1, image_bytes=1)
-            self._tell_of_flight(index)
+            flight.copied = protocol.Copied(index, flight.nonce, id, flight.watermark, layout=1, image_bytes=1)
+            self._send(flight.copied)
 
     def fenced(self, id: SnapshotId) -> None:
         if (index := find(self.states, id)) is not None:
-            self.states[index] = self.states[index].after(Event.FENCED)
-            self._commit_if_due(index)
-            if self.states[index].stage is Stage.CLEAN and self.flights[index].copied is not None:
-                self._send(protocol.Fenced(index, self.flights[index].token))
+            self.store(index, self.flights[index].nonce)
+            self._happened(index, Event.FENCED)
 
     def discard(self, id: SnapshotId) -> None:
         if (index := find(self.states, id)) is not None:
-            self.store(index, 0)
+            self.store(index, FREE_WORD)
             self.states[index] = self.states[index].after(Event.DISCARDED)
             flight = self.flights.pop(index, None)
             if flight is not None and flight.copied is not None:
-                self._send(protocol.Discarded(index, flight.token))
+                self._send(protocol.Discarded(index, flight.nonce))
 
     def held(self) -> dict[SnapshotId, bool]:
         return {state.id: state.stage is Stage.SEALED for state in self.states if state.id is not None}
@@ -310,13 +301,12 @@ class Holding:
                 self.states[slot], self.fits[slot] = state.after(Event.DISCARDED), True
             case Failed(slot, 0):
                 self.states[slot], self.refused = state.after(Event.DISCARDED), True
-            case Failed(_, token) if flight is not None and flight.token == token and state.id is not None:
+            case Failed(_, nonce) if flight is not None and flight.nonce == nonce and state.id is not None:
                 self.discard(state.id)
-            case protocol.TellPrepared(slot, token, nonce):
-                if flight is not None and flight.token == token and flight.nonce is None:
-                    flight.nonce = nonce
-                    self.states[slot] = state.after(Event.PREPARED)
-                    self._commit_if_due(slot)
+            case protocol.TellPrepared(slot, nonce):
+                if flight is not None and flight.nonce == nonce and not flight.recorded:
+                    flight.recorded = True
+                    self._happened(slot, Event.PREPARED)
 
     def lose(self) -> None:
         """The stream breaks, and what was under way in it is lost."""
@@ -328,10 +318,11 @@ class Holding:
         anew = agent.cells is not self.cells
         self.agent, self.cells, self.attached, self.refused = agent, agent.cells, True, False
         for index, state in enumerate(self.states):
+            flight = self.flights.get(index)
             if anew or state.stage is Stage.GROWING:
                 self._adopt(index)
-            elif state.stage in (Stage.COPYING, Stage.CLEAN):
-                self._tell_of_flight(index)
+            elif flight and flight.copied and state.stage is not Stage.RECORDED:
+                self._send(flight.copied)
 
     def store(self, index: int, word: int) -> None:
         self.cells[index] = replace(self.cells[index], word=word)
@@ -339,23 +330,15 @@ class Holding:
     def _adopt(self, index: int) -> None:
         sealed = self.cells[index].sealed
         if sealed is None:
-            self.store(index, 0)
+            self.store(index, FREE_WORD)
         self.states[index] = SlotState(Stage.SEALED, sealed.id) if sealed else SlotState()
         self.flights.pop(index, None)
         self.fits[index] = True
 
-    def _commit_if_due(self, index: int) -> None:
+    def _happened(self, index: int, event: Event) -> None:
+        self.states[index] = self.states[index].after(event)
         if self.states[index].stage is Stage.SEALED:
-            nonce = self.flights.pop(index).nonce
-            assert nonce is not None
-            self.store(index, nonce)
-
-    def _tell_of_flight(self, index: int) -> None:
-        flight = self.flights[index]
-        if flight.copied is not None:
-            self._send(flight.copied)
-            if self.states[index].stage is Stage.CLEAN:
-                self._send(protocol.Fenced(index, flight.token))
+            self.flights.pop(index, None)
 
     def _send(self, event: protocol.Event) -> None:
         if self.attached:
@@ -378,9 +361,8 @@ class Copier:
             copy = self.copies[0]
             copy.landed = True
             cell = self.holding.cells[copy.slot]
-            if cell.word < 1 << 32:  # being filled, or free
-                exact = not copy.touched and cell.word == copy.token
-                self.holding.cells[copy.slot] = replace(cell, content=copy.truth if exact else None)
+            exact = not copy.touched and cell.filling == copy.nonce
+            self.holding.cells[copy.slot] = replace(cell, content=copy.truth if exact else None)
 
     def tell(self) -> None:
         if self.copies and self.copies[0].landed:
@@ -534,7 +516,7 @@ class Rank:
         if slot is None or fails_at == "start":
             self.holding.discard(id)
             return
-        self.copy = Copy(Truth(id, id.step - self.name_shift), slot, self.holding.flights[slot].token)
+        self.copy = Copy(Truth(id, id.step - self.name_shift), slot, self.holding.flights[slot].nonce)
         self.copier.copies.append(self.copy)
         self.digest = self.copy.truth.real_step << 8 | self.binder.sum if self.binder.shares else None
         self.taken.append(id.step)
@@ -592,10 +574,7 @@ class World:
         run = (1 + max((held.id.generation for held in found), default=0), f"{self.run_number:032x}")
         self.network = Network(len(cells))
         self.agreed: dict[int, Agreed] = {}
-        self.ranks = [
-            Rank(self.network, number, Agent(own, (number + 1) << 50 | self.run_number << 40), run, chosen)
-            for number, own in enumerate(cells)
-        ]
+        self.ranks = [Rank(self.network, number, Agent(own), run, chosen) for number, own in enumerate(cells)]
 
     def happen(self, event: str, number: int) -> None:
         """Let one event happen, if it can, and check everything."""
@@ -735,19 +714,15 @@ class World:
 
     def on_break_stream(self, rank: Rank) -> None:
         """Trainer and agent live; the stream between them does not."""
-        if rank.holding.attached and rank.holding.agent is not None:
-            self.unknown_may_go = True  # the agent seals for the trainer it takes for dead, then writes the record anew
-            rank.holding.lose()
-            rank.holding.agent.hear(protocol.TrainerLost())
+        rank.holding.lose()
 
     def on_reattach(self, rank: Rank) -> None:
+        """The agent lets the trainer in again once it is done with what it had before."""
         holding = rank.holding
-        if holding.attached or (holding.agent is not None and not holding.agent.session.settled):
-            return
-        self.run_number += 1  # for fresh nonces
-        cells = [Cell()] * len(holding.cells) if rank.number in self.wiped else holding.cells
-        self.wiped.discard(rank.number)
-        holding.reattach(Agent(cells, (rank.number + 1) << 50 | self.run_number << 40))
+        if not holding.attached and not (holding.agent and holding.agent.work):
+            cells = [Cell()] * len(holding.cells) if rank.number in self.wiped else holding.cells
+            self.wiped.discard(rank.number)
+            holding.reattach(Agent(cells))
 
     def on_crash(self, _: Rank) -> None:
         """Everything is killed and started again."""
@@ -992,7 +967,7 @@ def test_snapshots_come_as_often_as_sealing_allows(slots: int, late: int, per_12
                 world.happen(event, rank.number)
         for rank in world.ranks:
             agent = rank.holding.agent
-            while agent and agent.work and rank.number_of(agent.work[0].token) + late < rank.step:
+            while agent and agent.work and agent.session.flights[agent.work[0].slot].id.step + late < rank.step:
                 world.happen("checksum", rank.number)
                 world.happen("trainer", rank.number)
     first, second = (rank.taken for rank in world.ranks)
