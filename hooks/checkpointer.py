@@ -292,7 +292,7 @@ class Checkpointer:
         if self._found is None:
             self._interrupt_run()
         assert self._found is not None
-        chosen = Restorer(self._state, self._ranks, self._deadlines.restore).newest(self._found)
+        chosen = Restorer(self._state, self._ranks, self._holding.slots, self._deadlines.restore).newest(self._found)
         self._found = None
         self._binder.forget()
         if chosen is not None:
@@ -401,7 +401,7 @@ class Checkpointer:
             )
         self._holding.describe(binding.layout.number, binding.text)
         encoded.write_into(slot.image[offset:])
-        capture = Capture(binding, self._copier)
+        capture = Capture(binding, self._copier, lambda: self._binder.still_true(binding))
         self._flight = _Flight(id, capture)
         capture.start(slot, lambda seconds: self._copied(id, binding, image_bytes, seconds))
         self._digest = capture.digest
@@ -422,6 +422,11 @@ class Checkpointer:
         except Exception as error:
             self._holding.discard(flight.id, str(error))
             raise
+        if flight.capture.restructured:
+            self._skip("new-layout")
+            self._holding.discard(flight.id, "the state's tensors were exchanged for others")
+            self._binder.note_changed()
+            return
         torn = flight.capture.torn()
         if torn:
             self._skip("torn")

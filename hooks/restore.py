@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from ..agent import wire_pb2 as wire
 from ..crashpoints import reach
 from ..errors import Corrupt, LayoutMismatch, PeerFailed, RestoreDiverged, SnapshotLost
+from ..snapshot.arena import Slot
 from ..snapshot.assembly import Read, assemble
 from ..snapshot.codec import decode
 from ..snapshot.live import SourceImage, apply
@@ -88,7 +89,9 @@ def together(ranks: Ranks, what: str, timeout_s: float, work: Callable[[], Resul
 class Restorer:
     """One restore of one rank. Collective throughout: every rank calls the same methods in the same order."""
 
-    def __init__(self, state: TrainingState, ranks: Ranks, timeout_s: float) -> None:
+    def __init__(self, state: TrainingState, ranks: Ranks, mapped: Iterable[Slot], timeout_s: float) -> None:
+        """*mapped* are slots that need not be mapped again."""
+        self._mapped = {slot.place.path: slot for slot in mapped}
         self._state = state
         self._ranks = ranks
         self._timeout_s = timeout_s
@@ -138,7 +141,7 @@ class Restorer:
         images: dict[int, SourceImage] = {}
         for source in decision.sources:
             try:
-                image = SourceImage(source.path, source.rank, source.id)
+                image = SourceImage(source.path, source.rank, source.id, self._mapped.get(source.path))
             except (Corrupt, OSError) as error:
                 damage[source.rank] = str(error)
                 continue

@@ -307,6 +307,8 @@ class Capture:
 
     binding: Binding
     copier: Copier
+    still_true: Callable[[], bool] = lambda: True  # whether the binding names the tensors that train
+    restructured: bool = False
     versions: list[int] = field(default_factory=list)
     altered: list[str] = field(default_factory=list)
     digest: int | None = None  # of the samples of what all ranks hold alike
@@ -321,11 +323,12 @@ class Capture:
         self.copier.start(self.binding, slot, lambda: self._compare(slot, before), done)
 
     def _compare(self, slot: Slot, before: npt.NDArray[np.uint8]) -> None:
-        """On the copying thread: what was copied must be what was there at the start."""
+        """On the copying thread: what was copied must be what was there at the start, and what trains."""
         image = slot.image
         copied = self.binding.samples.take_copied(int(image.ctypes.data))
         rows = np.flatnonzero((copied != before).any(axis=1))
         self.altered = [self.binding.samples.names[row] for row in rows]
+        self.restructured = not self.still_true()
 
     def fence(self, timeout_s: float) -> None:
         """Wait until the optimizer may mutate what is being copied. Raises ``DeadlinePassed``."""

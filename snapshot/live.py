@@ -36,9 +36,13 @@ class SourceImage:
         record, layout: what it says of itself, both verified; the image's bytes are verified as they are read.
     """
 
-    def __init__(self, path: str, rank: int, id: SnapshotId) -> None:
-        """Open. Raises ``Corrupt`` if the slot no longer holds that image, or its record or tables are damaged."""
-        self._slot = _open(path, rank)
+    def __init__(self, path: str, rank: int, id: SnapshotId, mapped: Slot | None = None) -> None:
+        """Open, or borrow a slot that is *mapped* already.
+
+        Raises ``Corrupt`` if the slot no longer holds that image, or its record or tables are damaged.
+        """
+        self._borrowed = mapped is not None
+        self._slot = mapped or _open(path, rank)
         self._verified: set[int] = set()
         record = self._slot.sealed_record()
         if record is None or record.id != id or record.rank != rank:
@@ -81,8 +85,9 @@ class SourceImage:
         return flat.view(like.dtype).view(like.shape)
 
     def close(self) -> None:
-        """Unmap."""
-        self._slot.close()
+        """Unmap, unless it was borrowed."""
+        if not self._borrowed:
+            self._slot.close()
 
 
 def _open(path: str, rank: int) -> Slot:

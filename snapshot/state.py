@@ -110,6 +110,11 @@ class TrainingState:
                     f"random generator; what cannot be put back in place cannot be restored (wrap plain values in a dict)"
                 )
 
+    @property
+    def shuffles(self) -> bool:
+        """Whether modules exchange their parameter objects during forward and backward, as FSDP2's do."""
+        return any(isinstance(m, FSDPModule) for model in self._models.values() for _, m, _ in _walk(model))
+
     # -- tensors -----------------------------------------------------------------------------------------------------
 
     def survey(self) -> Survey:

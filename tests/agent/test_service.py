@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import random
 import uuid
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -26,6 +27,7 @@ from holdfast.errors import (
 )
 from holdfast.snapshot.arena import Slot
 from holdfast.snapshot.layout import Layout, Slice
+from holdfast.snapshot.record import new_nonce
 from holdfast.tests.hooks.nodes import WAIT_S, Node, open_slot, until
 
 RUN = uuid.uuid4().hex
@@ -51,13 +53,15 @@ def node(_served: Node) -> Iterator[Node]:
     assert _served.status().pid == pid, "the agent did not survive"
 
 
-TOKENS = 1000  # what the token of step 0 would be
+def nonce_of(step: int) -> int:
+    """What the trainer puts into the commit word for *step*."""
+    return new_nonce(random.Random(step))
 
 
 def copied(slot: int, step: int, **changes: Any) -> wire.Copied:
     """What a trainer says once step *step* lies in *slot*."""
     said = wire.Copied(
-        slot=slot, token=TOKENS + step, run=RUN, generation=1, step=step, watermark=-1, layout=1, image_bytes=4096
+        slot=slot, nonce=nonce_of(step), run=RUN, generation=1, step=step, watermark=-1, layout=1, image_bytes=4096
     )
     for name, value in changes.items():
         setattr(said, name, value)
@@ -91,25 +95,22 @@ class Trainer:
     def slot(self, index: int = 0) -> Slot:
         return open_slot_at(self.slots[index], self.rank)
 
-    def snapshot(self, step: int, index: int = 0, *, fenced: bool = True, image_bytes: int = 4096) -> None:
-        """All that a trainer does up to the fence, but for storing the commit word."""
+    def snapshot(self, step: int, index: int = 0, *, fenced: bool = True) -> None:
+        """All that a trainer does: fill the slot, tell the agent, and, if *fenced*, store the commit word."""
         slot = self.slot(index)
-        slot.open_for(TOKENS + step)
+        slot.unseal_to_fill()
         slot.image[:4096] = step % 251
-        slot.close()
         self.say(layout=wire.LayoutText(number=1, text=LAYOUT.to_text()))
-        self.say(copied=copied(index, step, image_bytes=image_bytes))
+        self.say(copied=copied(index, step))
         if fenced:
-            self.say(fenced=wire.Fenced(slot=index, token=TOKENS + step))
+            slot.commit(nonce_of(step))
+        slot.close()
 
     def sealed(self, step: int, index: int = 0) -> None:
         """A whole snapshot."""
         self.snapshot(step, index)
         prepared = self.hear().prepared
-        assert (prepared.slot, prepared.token) == (index, TOKENS + step)
-        slot = self.slot(index)
-        slot.commit(prepared.nonce)
-        slot.close()
+        assert (prepared.slot, prepared.nonce) == (index, nonce_of(step))
 
     def settle(self) -> None:
         """Until the agent has heard all that was said so far: it answers messages in their order."""
@@ -193,9 +194,9 @@ def test_slots_are_private_and_as_large_as_asked(node: Node, trainer: Trainer) -
 
 
 def test_a_snapshot_is_held_once_it_is_sealed(node: Node, trainer: Trainer) -> None:
-    trainer.snapshot(7)
+    trainer.snapshot(7, fenced=False)
     prepared = trainer.hear().prepared
-    assert (prepared.slot, prepared.token) == (0, TOKENS + 7)
+    assert (prepared.slot, prepared.nonce) == (0, nonce_of(7))
     assert held(node) == []
     slot = trainer.slot()
     slot.commit(prepared.nonce)
@@ -212,12 +213,13 @@ def test_a_snapshot_is_held_once_it_is_sealed(node: Node, trainer: Trainer) -> N
             client.inspect(RUN, 8)
 
 
-def test_what_was_fenced_is_sealed_for_a_trainer_that_died(node: Node) -> None:
+def test_what_was_fenced_is_recorded_for_a_trainer_that_died(node: Node) -> None:
     trainer = Trainer(node)
     trainer.snapshot(5)
-    trainer.hear()  # recorded; the trainer dies before it stores the commit word
+    trainer.say(report=wire.Report(step=5))
+    until(lambda: any(t.report.step == 5 for t in node.status().trainers), "the agent to have heard")
     trainer.die()
-    until(lambda: held(node) == [(0, 5)], "the agent to seal")
+    until(lambda: held(node) == [(0, 5)], "the agent to record")
 
 
 def test_what_was_not_fenced_is_dropped(node: Node) -> None:
@@ -231,17 +233,15 @@ def test_what_was_not_fenced_is_dropped(node: Node) -> None:
     again.die()
 
 
-def test_a_discarded_snapshot_is_not_sealed(node: Node) -> None:
-    trainer = Trainer(node)
+def test_a_discarded_snapshot_is_not_sealed(node: Node, trainer: Trainer) -> None:
     trainer.snapshot(5, fenced=False)
     trainer.hear()
-    trainer.say(discarded=wire.Discarded(slot=0, token=TOKENS + 5, reason="torn"))
-    trainer.say(fenced=wire.Fenced(slot=0, token=TOKENS + 5))
+    slot = trainer.slot()
+    slot.unseal()
+    slot.close()
+    trainer.say(discarded=wire.Discarded(slot=0, nonce=nonce_of(5), reason="torn"))
     trainer.settle()
-    trainer.die()
-    again = Trainer(node)
     assert held(node) == []
-    again.die()
 
 
 def test_a_slot_grows_and_its_neighbour_stays(node: Node, trainer: Trainer) -> None:
@@ -258,7 +258,7 @@ def test_growing_beyond_the_budget_fails_and_loses_nothing(node: Node, trainer: 
     trainer.sealed(3, index=1)
     trainer.say(grow=wire.Grow(slot=0, image_bytes=1 << 30, table_bytes=4096))
     failed = trainer.hear().failed
-    assert (failed.slot, failed.token) == (0, 0)
+    assert (failed.slot, failed.nonce) == (0, 0)
     assert "are allowed" in failed.reason
     assert held(node) == [(0, 3)]
     trainer.sealed(4, index=0)
@@ -280,22 +280,20 @@ def test_a_rank_is_free_as_soon_as_its_trainer_is_gone(node: Node) -> None:
 
 
 def test_a_stream_that_was_replaced_is_not_listened_to(node: Node) -> None:
-    """The same process attached again: what still arrives by its old stream must not touch the slots.
+    """The same trainer attached again: what still arrives by its old stream must not touch the slots.
 
-    Without a fence, the old session would seal what it hears of, and a copy that may be torn would count.
+    Else a late message would have the record of a sealed snapshot overwritten by that of one given up long ago.
     """
     old = Trainer(node, life="one")
     new = Trainer(node, life="one")
-    old.snapshot(9, fenced=False)
+    new.sealed(3, index=0)
+    old.say(copied=copied(0, 2))
+    old.say(grow=wire.Grow(slot=0, image_bytes=100_000, table_bytes=4096))
     try:
         assert "ended" in str(old.lost.get(timeout=10.0))
     except queue.Empty:
         pytest.fail("the agent still listens to the stream that was replaced")
-    finally:
-        sealed = held(node)
-        old.die()
-        new.die()
-    assert sealed == []
+    assert held(node) == [(0, 3)]
 
 
 def test_a_returning_trainer_finds_what_is_sealed(node: Node) -> None:
@@ -341,11 +339,11 @@ def test_an_agent_survives_nonsense(node: Node, nonsense: str, fenced: bool) -> 
     trainer.sealed(1, index=1)
     said = NONSENSE[nonsense]
     slot = trainer.slot(0)
-    slot.open_for(said.token)
+    slot.unseal_to_fill()
     trainer.say(layout=wire.LayoutText(number=1, text=LAYOUT.to_text()))
     trainer.say(copied=said)
     if fenced:
-        trainer.say(fenced=wire.Fenced(slot=said.slot, token=said.token))
+        slot.commit(said.nonce)
     kind = trainer.hear().WhichOneof("kind")  # never silence: the trainer would wait for ever
     slot.close()
     assert kind in ("failed", "prepared")
@@ -365,10 +363,9 @@ def test_messages_in_any_order(node: Node, trainer: Trainer) -> None:
     for _ in range(300):
         slot, step = int(draw.integers(0, 2)), int(draw.integers(0, 4))
         kinds: list[dict[str, Any]] = [
-            {"fenced": wire.Fenced(slot=slot, token=step)},
-            {"discarded": wire.Discarded(slot=slot, token=step, reason="x")},
+            {"discarded": wire.Discarded(slot=slot, nonce=step, reason="x")},
             {"layout": wire.LayoutText(number=step, text=LAYOUT.to_text())},
-            {"copied": copied(slot, step, token=step, layout=step)},
+            {"copied": copied(slot, step, nonce=step, layout=step)},
             {"report": wire.Report(step=step)},
             {"hello": wire.Hello()},
             {"goodbye": wire.Goodbye()},

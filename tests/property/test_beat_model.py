@@ -1,7 +1,7 @@
 """Ranks, beats, slots and agents under one random schedule: whatever dies at whatever instant, a complete snapshot is left.
 
-Real here: ``Pulse`` and ``snapshot.beat``, ``snapshot.slots``, ``agent.protocol``, ``snapshot.recovery``. Modelled: shared
-memory (``Cell``), the agent's driver (``Agent``), ``hooks.holding`` (``Holding``), the copying thread (``Copier``), what
+Real here: ``hooks.pulse`` and ``snapshot.beat``, ``hooks.binder``, ``snapshot.slots``, ``agent.protocol``,
+``snapshot.recovery``. Modelled: shared memory (``Cell``), the agent's driver (``Agent``), ``hooks.holding`` (``Holding``), the copying thread (``Copier``), what
 ``hooks.checkpointer`` does with them all (``Rank``), and the network (``Network``), which tells each rank of a beat when
 the schedule says so, in order.
 
@@ -18,16 +18,22 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import pytest
+import torch
 from holdfast.agent import protocol
+from holdfast.erasure.kernel import crc32c
+from holdfast.errors import HoldfastError, StateRefused
+from holdfast.hooks.binder import Binder
 from holdfast.hooks.pulse import Pulse, Standing
 from holdfast.hooks.ranks import Pending, Ranks
 from holdfast.snapshot.beat import NONE, VECTOR_LENGTH, Agreed
+from holdfast.snapshot.layout import Slice
 from holdfast.snapshot.record import FREE_WORD, OPEN_WORD, SnapshotId
 from holdfast.snapshot.recovery import Held, plan
 from holdfast.snapshot.slots import Event, SlotState, Stage, find, overwritable
+from holdfast.snapshot.state import Item, Survey, TrainingState
 
 Schedule = list[tuple[str, int]]
 
@@ -374,63 +380,34 @@ class Copier:
             self.land()
 
 
-class Binder:
-    """As ``hooks.binder.Binder``: a layout is made in an exchange between all ranks. The first one is there already."""
+class State:
+    """As ``snapshot.state.TrainingState``, of one tensor that all ranks should hold alike.
 
-    def __init__(self, line: Line) -> None:
-        self.line = line
-        self.bound = True
-        self.exchange: tuple[bool, Pending[list[list[int]]]] | None = None
-        self.is_stale = False
-        self.changed = False  # the state has another structure than when it was surveyed
-        self.refuses = False  # the state cannot be surveyed
-        self.shares = False  # the ranks hold something alike
-        self.sum = 0  # of what they should hold alike
+    ``version`` changes with the structure; ``drift`` is what this rank's bytes differ by from what they should be.
+    """
 
-    @property
-    def started(self) -> bool:
-        return self.bound or self.exchange is not None
+    def __init__(self, members: tuple[int, ...]) -> None:
+        self.members = members if len(members) > 1 else ()
+        self.tensor = torch.zeros(8, dtype=torch.uint8)
+        self.version = 0
+        self.drift = 0
+        self.refuses = False
 
-    @property
-    def stale(self) -> bool:
-        return self.is_stale and self.exchange is None
-
-    def begin(self, when: int) -> None:
-        self.exchange = (not self.refuses, self.line.exchange([when, self.sum]))
+    def survey(self) -> Survey:
         if self.refuses:
-            raise RuntimeError("the state cannot be surveyed")
-        self.changed = False
+            raise StateRefused("whatever it is")
+        box = Slice(f"v{self.version}", "uint8", (8,), (0,), (8,), "cpu", self.members)
+        return Survey((Item(box, self.tensor, self.tensor, lazy=True),), (), (), {}, plain=False)
 
-    def finish(self, timeout_s: float) -> bool:
-        if self.exchange is None:
-            return True
-        self.is_stale = False
-        surveyed, pending = self.exchange
-        gathered = pending.result(timeout_s)
-        if gathered is None:
-            return False
-        self.exchange = None
-        if not surveyed or len({vector[0] for vector in gathered}) > 1:
-            self.bound, self.is_stale = False, True
-            return True
-        self.bound, self.shares = True, self.shares and len({vector[1] for vector in gathered}) == 1
-        return True
+    def unchanged(self, survey: Survey) -> bool:
+        return survey.items[0].slice.name == f"v{self.version}"
 
-    def first(self, timeout_s: float) -> None:
-        if not self.started:
-            self.begin(0)
-        if not self.finish(timeout_s):
-            raise RuntimeError("not all ranks described their state")
-
-    def current(self) -> bool:
-        if not self.finish(0.0) or not self.bound:
-            return False
-        self.is_stale = self.is_stale or self.changed
-        return not self.changed
+    def advance(self, step: int) -> None:
+        self.tensor.fill_((step + self.drift) % 251)
 
 
 class Rank:
-    """As ``hooks.checkpointer.Checkpointer``. ``step`` is the one running; ``name_shift`` what the user misnames it by."""
+    """As ``hooks.checkpointer.Checkpointer``, with its real pulse and binder. ``step`` is the one running; ``name_shift`` what the user misnames it by."""
 
     def __init__(self, network: Network, number: int, agent: Agent, run: tuple[int, str], restored: SnapshotId | None):
         self.number = number
@@ -440,11 +417,13 @@ class Rank:
             for newer in [id for id in self.holding.held() if id > restored]:
                 self.holding.discard(newer)
         self.copier = Copier(self.holding)
-        self.binder = Binder(self.line)
+        self.state = State(tuple(range(self.line.world)))
+        self.binder = Binder(cast(TrainingState, self.state), self.line)
         self.generation, self.run = run
         self.restored = restored
         self.floor = restored or max(self.holding.held(), default=None)
         self.step = restored.step + 1 if restored else 1
+        self.state.advance(self.step)
         self.name_shift = 0
         self.copy: Copy | None = None  # whose window is open
         self.fenced = False
@@ -469,14 +448,16 @@ class Rank:
             self._guard(self._start)
         for copy in self.copier.copies:  # the optimizer changes what is being copied
             copy.touched = copy.touched or not copy.landed
+        self.state.advance(self.step)
 
     def end(self, *, patient: bool, wanted: bool) -> None:
         self.close_window()
         name, timeout_s = self.step + self.name_shift, 1.0 if patient else 0.0
-        self.step, self.fenced = self.step + 1, False
+        self.state.advance(self.step)  # if it was not fenced
         if not self.binder.started:
             self._guard(lambda: self.binder.first(timeout_s))
         self._guard(lambda: self._harvest(name, timeout_s, wanted=wanted))
+        self.step, self.fenced = self.step + 1, False
 
     def _start(self) -> None:
         beats = self._beats()
@@ -494,7 +475,7 @@ class Rank:
             self.take(self.id(name))
 
     def _guard(self, work: Callable[[], None]) -> None:
-        with suppress(RuntimeError):
+        with suppress(RuntimeError, HoldfastError):
             work()
 
     def close_window(self, *, stuck: bool = False) -> None:
@@ -512,13 +493,14 @@ class Rank:
 
     def take(self, id: SnapshotId) -> None:
         fails_at, self.fails_at = self.fails_at, ""
-        slot = self.holding.open(id, self.keep()) if self.binder.current() and fails_at != "open" else None
-        if slot is None or fails_at == "start":
+        binding = self.binder.current()
+        slot = self.holding.open(id, self.keep()) if binding and fails_at != "open" else None
+        if binding is None or slot is None or fails_at == "start":
             self.holding.discard(id)
             return
-        self.copy = Copy(Truth(id, id.step - self.name_shift), slot, self.holding.flights[slot].nonce)
+        self.copy = Copy(Truth(id, self.step), slot, self.holding.flights[slot].nonce)
         self.copier.copies.append(self.copy)
-        self.digest = self.copy.truth.real_step << 8 | self.binder.sum if self.binder.shares else None
+        self.digest = crc32c(binding.shared.take()) if binding.shared.names else None
         self.taken.append(id.step)
 
     def standing(self) -> Standing:
@@ -527,7 +509,11 @@ class Rank:
         finished = self.binder.finish(0.0)
         objects = self.copier.busy or not finished or self.holding.objection() is not None
         held = {id.step: sealed for id, sealed in self.holding.held().items() if id.run == self.run}
-        return Standing(held, self.able and not objects, self.binder.stale, 0, self.digest)
+        return Standing(held, self.able and not objects, self.binder.stale, 0, self.fresh_digest())
+
+    def fresh_digest(self) -> int | None:
+        newest = max([self.pulse.agreed.watermark, *self.pulse.agreed.outstanding])
+        return self.digest if self.taken and self.taken[-1] == newest else None
 
     def relayout(self, ordinal: int) -> None:
         self.digest = None
@@ -575,6 +561,10 @@ class World:
         self.network = Network(len(cells))
         self.agreed: dict[int, Agreed] = {}
         self.ranks = [Rank(self.network, number, Agent(own), run, chosen) for number, own in enumerate(cells)]
+        for rank in self.ranks:
+            rank.binder.begin(0)
+        for rank in self.ranks:
+            rank.binder.first(1.0)
 
     def happen(self, event: str, number: int) -> None:
         """Let one event happen, if it can, and check everything."""
@@ -693,14 +683,15 @@ class World:
             rank.holding.agent.over_budget = True
 
     def on_relayout(self, rank: Rank) -> None:
-        rank.binder.changed = True
+        rank.state.version += 1
 
     def on_refuse(self, rank: Rank) -> None:
-        rank.binder.refuses = not rank.binder.refuses
+        rank.state.refuses = not rank.state.refuses
 
     def on_drift(self, rank: Rank) -> None:
         """What this rank should hold as the others do is not the same any more."""
-        rank.binder.sum += 1
+        self.unknown_may_go = True
+        rank.state.drift += 1
 
     def on_kill_agent(self, rank: Rank) -> None:
         rank.holding.agent = None
@@ -818,7 +809,7 @@ def calm(world: World, rounds: int) -> list[int]:
     """No more faults from here on: *rounds* steps in which everything is in time. Returns the watermark after each."""
     for rank in world.ranks:
         rank.able = rank.well = True
-        rank.binder.refuses, rank.fails_at = False, ""
+        rank.state.refuses, rank.fails_at = False, ""
         rank.holding.fits = [True] * len(rank.holding.fits)  # whatever was too large is small again
         world.happen("seal", rank.number)
         world.happen("reattach", rank.number)
@@ -847,8 +838,9 @@ TRAINING: dict[str, float] = {
     "deliver": 6, "land": 8, "tell": 8, "agent": 12, "announce": 2, "checksum": 5, "checksum_last": 3, "trainer": 8, "seal": 1,
 }  # fmt: skip
 FAULTS: dict[str, float] = {
-    "touch": 0.4, "fence_stuck": 0.2, "open_fails": 0.2, "start_fails": 0.2, "unable": 0.4, "outgrow": 0.1,
-    "relayout": 0.2, "kill_agent": 0.2, "reattach": 2, "crash": 0.15, "trainers_die": 0.15,
+    "touch": 0.4, "fence_stuck": 0.2, "open_fails": 0.2, "start_fails": 0.2, "unable": 0.4, "unwell": 0.2,
+    "outgrow": 0.1, "grow_fails": 0.05, "relayout": 0.2, "refuse": 0.1, "kill_agent": 0.2, "break_stream": 0.2,
+    "agent_fails": 0.2, "reattach": 2, "crash": 0.15, "trainers_die": 0.15,
 }  # fmt: skip
 
 
@@ -922,14 +914,6 @@ def test_whatever_dies_when_a_complete_snapshot_is_left(ranks: int, slots: int, 
     assert restores > 20  # the schedules are not idle
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_broken_streams_lose_nothing_that_was_known_complete(ranks: int) -> None:
-    """The agent takes a living trainer for dead, and hears of the same flights again later."""
-    for seed in range(40):
-        events = schedule(seed, 200, ranks, TRAINING | FAULTS | {"break_stream": 0.5})
-        run(partial(World, ranks, 2, skew=1), events, comes_back)
-
-
 @pytest.mark.parametrize("slots", [2, 3])
 def test_misnamed_steps_are_never_mixed(slots: int) -> None:
     """Ranks that call the same step by different names may get no snapshots, but never one of different steps."""
@@ -937,16 +921,16 @@ def test_misnamed_steps_are_never_mixed(slots: int) -> None:
         run(partial(World, 2, slots, skew=1), schedule(seed, 200, 2, TRAINING | FAULTS | {"misname": 0.2}))
 
 
-@pytest.mark.xfail(strict=True, reason="a snapshot that only Holding gave up stays outstanding for ever")
-def test_a_snapshot_that_the_agent_cannot_seal_is_given_up_by_all() -> None:
-    for seed in range(20):
-        run(partial(World, 2, 2), schedule(seed, 100, 2, TRAINING | {"agent_fails": 1}), comes_back)
+def test_memory_that_is_wiped_is_filled_again() -> None:
+    """Somebody removes an agent's shared memory. Nothing can be promised of what was there, but nothing waits for it."""
+    for seed in range(40):
+        events = schedule(seed, 120, 2, TRAINING | {"wipe": 0.4, "reattach": 2})
+        run(partial(World, 2, 2 + seed % 2), events, comes_back)
 
 
-@pytest.mark.xfail(strict=True, reason="a rank whose standing raised counts one beat less than the others from then on")
-def test_a_rank_that_could_not_say_how_it_stands_falls_in_again() -> None:
-    for seed in range(20):
-        run(partial(World, 2, 2), schedule(seed, 100, 2, TRAINING | {"unwell": 1}), comes_back)
+def test_ranks_that_drift_apart_share_nothing_any_more() -> None:
+    for seed in range(40):
+        run(partial(World, 3, 2), schedule(seed, 120, 3, TRAINING | FAULTS | {"drift": 0.4}), comes_back)
 
 
 def test_cutting_down() -> None:

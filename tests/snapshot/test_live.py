@@ -19,11 +19,12 @@ from holdfast.snapshot.assembly import assemble
 from holdfast.snapshot.capture import Capture, CpuCopier, bind
 from holdfast.snapshot.layout import Layout
 from holdfast.snapshot.live import SourceImage, apply
-from holdfast.snapshot.record import SnapshotId
+from holdfast.snapshot.record import SnapshotId, new_nonce
 from holdfast.snapshot.state import Item, TrainingState
 from torch import nn
 
 ID = SnapshotId(1, 1, uuid.uuid4().hex)
+NONCE = new_nonce()
 VALUES = np.arange(1000, dtype=np.uint8)
 
 
@@ -53,14 +54,16 @@ def image() -> Iterator[tuple[Path, Large]]:
         size = layout.values_offset + VALUES.nbytes
         arenas.reserve(0, 1, image_bytes=size, table_bytes=8192)
         slot = arenas.slot(0, 0)
-        slot.open_for(7)
+        slot.unseal_to_fill()
         capture = Capture(bind(layout, survey), copier)
         capture.start(slot, lambda seconds: None)
         capture.fence(60.0)
         slot.image[layout.values_offset : size] = VALUES
         sums = arenas.checksum(0, 0, size)
-        arenas.write_record(0, Flight(7, ID, watermark=-1, layout=1), sums, rank=0, world=1, layout=layout.to_text())
-        slot.commit(sums.nonce)
+        arenas.write_record(
+            0, Flight(NONCE, ID, watermark=-1, layout=1), sums, rank=0, world=1, layout=layout.to_text()
+        )
+        slot.commit(NONCE)
         yield Path(slot.place.path), model
     finally:
         copier.close()
@@ -128,7 +131,7 @@ def test_an_image_that_is_another_now(image: tuple[Path, Large]) -> None:
 def test_an_image_that_was_unsealed(image: tuple[Path, Large]) -> None:
     path, _ = image
     source = SourceImage(str(path), 0, ID)
-    source._slot.open_for(2)
+    source._slot.unseal_to_fill()
     source.close()
     with pytest.raises(Corrupt, match="no longer holds"):
         SourceImage(str(path), 0, ID)

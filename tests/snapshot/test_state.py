@@ -30,7 +30,7 @@ from holdfast.snapshot.capture import Capture, CpuCopier, bind
 from holdfast.snapshot.codec import encode
 from holdfast.snapshot.layout import Layout
 from holdfast.snapshot.partition import share
-from holdfast.snapshot.record import SnapshotId
+from holdfast.snapshot.record import SnapshotId, new_nonce
 from holdfast.snapshot.state import TrainingState, to_leaf
 from holdfast.tests.hooks.nodes import bits, bits_of_models, bits_of_optimizers
 from torch import nn
@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 RUN = uuid.uuid4().hex
-TOKEN = 77
+NONCE = new_nonce(random.Random(7))
 
 
 class Darkroom:
@@ -57,16 +57,16 @@ class Darkroom:
         image_bytes = layout.values_offset + encoded.nbytes
         self.arenas.reserve(0, 1, image_bytes=image_bytes, table_bytes=4096 + len(text))
         slot = self.arenas.slot(0, 0)
-        slot.open_for(TOKEN)
+        slot.unseal_to_fill()
         encoded.write_into(slot.image[layout.values_offset :])
         capture = Capture(bind(layout, survey), self._copier)
         capture.start(slot, lambda seconds: None)
         capture.fence(60.0)
         assert capture.torn() == []
         sums = self.arenas.checksum(0, 0, image_bytes)
-        flight = Flight(TOKEN, SnapshotId(1, step, RUN), watermark=-1, layout=1)
+        flight = Flight(NONCE, SnapshotId(1, step, RUN), watermark=-1, layout=1)
         self.arenas.write_record(0, flight, sums, rank=0, world=1, layout=text)
-        slot.commit(sums.nonce)
+        slot.commit(NONCE)
 
     def put_back(self, state: TrainingState) -> int | None:
         chosen = Restorer(state, Alone(), 60.0).newest(self.arenas.inventory())
