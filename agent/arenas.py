@@ -217,6 +217,10 @@ class Arenas:
         """Every sealed image held here."""
         return [self._held(slot, record) for slot, record in self._sealed()]
 
+    def spoiled(self) -> list[str]:
+        """Slots that were sealed once, and whose record cannot be read any more."""
+        return [slot.place.path for _, slot in sorted(self._slots.items()) if slot.spoiled]
+
     def read(self, run: str, step: int) -> list[ImageReading]:
         """Read every image of a snapshot in full. *run* may be a prefix. Called in a worker thread.
 

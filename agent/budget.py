@@ -66,9 +66,19 @@ def _group_available() -> int | None:
         if not folder.is_relative_to("/sys/fs/cgroup"):
             break
         try:
-            limit, used = (folder / "memory.max").read_text().strip(), (folder / "memory.current").read_text().strip()
+            limit = (folder / "memory.max").read_text().strip()
+            used = int((folder / "memory.current").read_text())
         except OSError:
             continue
         if limit != "max":
-            room.append(int(limit) - int(used))
+            room.append(int(limit) - used + _reclaimable(folder))
     return min(room, default=None)
+
+
+def _reclaimable(group: Path) -> int:
+    """What counts as used and is given back when asked for: the cache of files on disks."""
+    try:
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except OSError:
+        return 0
+    return max(int(stat.get("file", 0)) - int(stat.get("shmem", 0)), 0)

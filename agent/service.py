@@ -89,6 +89,8 @@ class AgentService:
                 await context.write(wire.FromAgent(welcome=self._welcome(places)))
                 _log.info("rank %d attached, pid %d", trainer.hello.rank, trainer.hello.pid)
                 async for message in requests:
+                    if trainer.gone.is_set():  # given up, or replaced by its own new stream
+                        break
                     await self._hear(trainer, message, context.write)
         finally:
             self._lose(trainer)
@@ -248,7 +250,8 @@ class AgentService:
 
     async def inventory(self, request: wire.Nothing, context: Context) -> wire.ImageList:
         """Every sealed image held here."""
-        return wire.ImageList(agent=self._name, images=[self._image(held) for held in self._arenas.inventory()])
+        images = [self._image(held) for held in self._arenas.inventory()]
+        return wire.ImageList(agent=self._name, images=images, spoiled=self._arenas.spoiled())
 
     async def inspect(self, request: wire.InspectRequest, context: Context) -> wire.Inspection:
         """Read one snapshot in full: its layout, its checksums, its damage."""

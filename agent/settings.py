@@ -101,6 +101,10 @@ def prepare_folder(folder: Path) -> None:
         folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot make the shared-memory folder {folder}: {error.strerror} (HOLDFAST_SHM)") from error
+    if (above := folder.parent.stat().st_uid) not in (0, os.getuid()):
+        raise AgentUntrusted(
+            f"{folder.parent} belongs to uid {above}, who could put another folder in the place of {folder}"
+        )
     check_owner(folder)
     if (mode := folder.stat().st_mode & 0o777) & 0o077:
         raise AgentUntrusted(f"{folder} has mode {mode:o}: others may enter it; 700 is needed")

@@ -190,12 +190,14 @@ class Nothing(_message.Message):
     def __init__(self) -> None: ...
 
 class ImageList(_message.Message):
-    __slots__ = ("agent", "images")
+    __slots__ = ("agent", "images", "spoiled")
     AGENT_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
+    SPOILED_FIELD_NUMBER: _ClassVar[int]
     agent: str
     images: _containers.RepeatedCompositeFieldContainer[Image]
-    def __init__(self, agent: _Optional[str] = ..., images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ...) -> None: ...
+    spoiled: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, agent: _Optional[str] = ..., images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., spoiled: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Image(_message.Message):
     __slots__ = ("run", "generation", "step", "rank", "world", "watermark", "path", "image_bytes", "trainer_alive")

@@ -40,9 +40,9 @@ class Plan:
     """What is to be measured.
 
     Attributes:
-        iterations: of each segment, for those with a snapshot at every 5th step one more than twice as many.
-        cap_s: slow contenders do fewer iterations: only as many as begin within this time, three at least.
-        rounds: how often; peers, which are slower by factors, in every second round only.
+        iterations: of each segment; with a snapshot at every 5th step, what two snapshots take.
+        cap_s: slow contenders do fewer iterations: only as many as begin within this time.
+        rounds: how often. Peers, which are slower by factors, take part in the first only.
     """
 
     sizes: tuple[int, ...]
@@ -77,15 +77,17 @@ class Bench:
     def _size(self, state_bytes: int) -> Measured:
         measured = Measured(state_bytes)
         for number in range(self._plan.rounds):
-            here = [c for c in self._plan.contenders if c in ("none", "holdfast") or number % 2 == 0]
-            shift = number % len(here)  # nobody always runs after the same neighbour
+            here = self._plan.contenders if number == 0 else ("none", "holdfast")
             done: dict[str, Any] = {}
-            for contender in here[shift:] + here[:shift]:
-                _say(f"{state_bytes / 1e6:.0f} MB, round {number + 1} of {self._plan.rounds}: {contender}")
+            for contender in here if number % 2 == 0 else here[::-1]:
+                began_s = time.monotonic()
                 done[contender] = self._trial(contender, state_bytes, self._plan.segments())
+                took_s = time.monotonic() - began_s
+                _say(
+                    f"{state_bytes / 1e6:.0f} MB, round {number + 1} of {self._plan.rounds}: {contender} ({took_s:.0f} s)"
+                )
             measured.rounds.append(done)
-            if "holdfast" in here:
-                measured.restarts.append(self._restart(state_bytes))
+            measured.restarts.append(self._restart(state_bytes))
         return measured
 
     def _trial(self, contender: str, state_bytes: int, segments: list[Segment]) -> dict[str, Any]:
@@ -107,11 +109,13 @@ class Bench:
             command = [sys.executable, str(_HERE / "restart.py")]
             arguments = [str(state_bytes), job, shm]
             with subprocess.Popen([*command, "first", *arguments], stdout=subprocess.PIPE, text=True) as first:
-                assert first.stdout is not None
-                first.stdout.readline()
-                time.sleep(0.35)  # into the middle of some later iteration
-                first.send_signal(signal.SIGKILL)
-                killed_s = time.monotonic()
+                try:
+                    assert first.stdout is not None
+                    first.stdout.readline()
+                    time.sleep(0.35)  # into the middle of some later iteration
+                finally:
+                    first.kill()
+            killed_s = time.monotonic()
             again = subprocess.run([*command, "again", *arguments], stdout=subprocess.PIPE, text=True)
         if again.returncode != 0:
             return {"error": f"the second life ended with {again.returncode}"}
@@ -125,7 +129,7 @@ class Bench:
 
     @contextmanager
     def _places(self) -> Iterator[tuple[str, str, str]]:
-        """A job's name, its shared memory and a folder on disk, all gone afterwards, with the agent that was started."""
+        """A job's name, its shared memory and a folder on disk; all gone afterwards, the agent too."""
         self._count += 1
         job = f"bench-{os.getpid()}-{self._count}"
         shm = Path(f"/dev/shm/holdfast-{job}")
@@ -186,6 +190,7 @@ def _plan(arguments: list[str]) -> tuple[Plan, bool]:
 
 def main() -> int:
     """Measure and print. A missed target is a finding, not an error: the exit code is 0."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that everything is cleared away
     plan, as_json = _plan(sys.argv[1:])
     measured = Bench(plan).run()
     verdicts = [judge(size) for size in measured]

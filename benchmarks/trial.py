@@ -23,14 +23,17 @@ import torch
 from contenders import Contender, Holdfast, make
 from workload import Clockwork, Mode, Workload, calibrate
 
-_WARM_UP: Final = 4
+_WARM_UP: Final = 4  # a slot each, and the steps that a layout takes; one for peers, whose snapshots take seconds
 _LIMIT_BYTES: Final = 1_000_000_000  # of the buffers that the limit is measured with, if the state is larger
-_PAIRS: Final = 7
+_PAIRS: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """So many iterations of one mode, a snapshot at each step that *every* divides; fewer once *cap_s* has passed."""
+    """So many iterations of one mode, a snapshot at each step that *every* divides.
+
+    Once *cap_s* has passed there are no more, save for the step after the first snapshot.
+    """
 
     mode: Mode
     every: int
@@ -129,7 +132,7 @@ class Trial:
             "tensors": len(self.workload.tensors()),
             "state_bytes": self.workload.state_bytes,
         }
-        for _ in range(_WARM_UP):
+        for _ in range(_WARM_UP if self.spec.contender in ("none", "holdfast") else 1):
             self._segment(Segment("sleep", 1, 1, 60.0))
         result["pss_bytes"] = _pss_bytes(os.getpid())
         if isinstance(self.contender, Holdfast):
@@ -149,7 +152,7 @@ class Trial:
         self.watch.lap()
         began_s = time.perf_counter()
         while result.iterations < segment.iterations and (
-            result.iterations <= 2 * segment.every or time.perf_counter() - began_s < segment.cap_s
+            result.iterations <= segment.every or time.perf_counter() - began_s < segment.cap_s
         ):
             self.now += 1
             result.iterations += 1

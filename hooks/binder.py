@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 
 from ..errors import DeadlinePassed, HoldfastError
@@ -14,6 +15,7 @@ from ..snapshot.state import Survey, TrainingState
 from .ranks import Pending, Ranks
 
 _log = logging.getLogger(__name__)
+_numbers = itertools.count(1)  # of layouts; an agent knows them by their numbers, whichever binder made them
 # A tensor that was mutated in the window so often is copied eagerly from then on (design: twice).
 _TORN_LIMIT = 2
 # A state whose tensors were exchanged so often is looked at before every copy from then on.
@@ -33,7 +35,6 @@ class Binder:
         self._binding: Binding | None = None
         self._exchange: tuple[Survey | None, Pending[list[list[int]]]] | None = None
         self._torn: dict[str, int] = {}
-        self._number = 0
         self._stale = False
         self._suspect = state.shuffles
         self._changes = 0
@@ -79,10 +80,9 @@ class Binder:
         held, split = confirmed([item.slice for item in survey.items], gathered, self._ranks.rank)
         for members in split:
             _log.warning("ranks %s should hold the same bytes and do not; each keeps its own copy", list(members))
-        self._number += 1
         everyone = tuple(range(self._ranks.world))
         self._shared = frozenset(piece.name for piece in held if piece.members == everyone)
-        self._bind(Layout.of(self._number, share(held, self._ranks.rank)), survey)
+        self._bind(Layout.of(next(_numbers), share(held, self._ranks.rank)), survey)
         return True
 
     def first(self, timeout_s: float) -> None:
@@ -105,7 +105,7 @@ class Binder:
         """
         if not self.finish(0.0) or self._binding is None:
             return None
-        if not self._suspect:
+        if not self._suspect and self._state.size() == self._binding.survey.size:
             return self._binding
         if not self._state.unchanged(self._binding.survey) or rebound(self._binding):
             survey = self._state.survey()

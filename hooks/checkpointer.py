@@ -36,13 +36,13 @@ from ..snapshot.beat import NONE, Agreed
 from ..snapshot.capture import Binding, Capture, Copier, copier_for
 from ..snapshot.codec import encode
 from ..snapshot.record import SnapshotId
-from ..snapshot.recovery import Held, plan
+from ..snapshot.recovery import plan
 from ..snapshot.state import TrainingState, to_leaf
 from .binder import Binder
 from .holding import Holding
 from .pulse import Pulse, Standing
 from .ranks import Ranks, join
-from .restore import Restorer, gather_inventories, together
+from .restore import Found, Restorer, gather_inventories, together
 
 _log = logging.getLogger(__name__)
 _ROOM_BYTES: Final = 256 << 10  # in every image, for values that grow
@@ -214,7 +214,7 @@ class Checkpointer:
 
         self._holding = together(self._ranks, "attaching to the agents", wait_s, attach)
         self._slot_count = slots
-        self._found: list[Held] | None = self._begin_run()
+        self._found: Found | None = self._begin_run()
         for optimizer in self._state.optimizers.values():
             hook = optimizer.register_step_pre_hook(lambda *_: self.fence())
             undo.callback(hook.remove)
@@ -292,7 +292,7 @@ class Checkpointer:
         if self._found is None:
             self._interrupt_run()
         assert self._found is not None
-        chosen = Restorer(self._state, self._ranks, self._holding.slots, self._deadlines.restore).newest(self._found)
+        chosen = Restorer(self._state, self._ranks, self._deadlines.restore, self._holding.slots).newest(self._found)
         self._found = None
         self._binder.forget()
         if chosen is not None:
@@ -363,8 +363,8 @@ class Checkpointer:
 
     def _start_fresh_or_not(self, step: int) -> None:
         """The first step of a run: from here on, what was held before may be overwritten."""
-        if self._found and self._restored is None:
-            newest = max(held.id for held in self._found)
+        if self._found and self._found.images and self._restored is None:
+            newest = max(held.id for held in self._found.images)
             _log.warning("step %d begins without restore(), although %s is held; it will be overwritten", step, newest)
         self._found = None
 
@@ -492,16 +492,18 @@ class Checkpointer:
 
     # -- runs --------------------------------------------------------------------------------------------------------
 
-    def _begin_run(self, restored: SnapshotId | None = None) -> list[Held]:
+    def _begin_run(self, restored: SnapshotId | None = None) -> Found:
         """Agree on a new run, younger than anything held anywhere; returns what is held. Collective."""
         wait_s = self._deadlines.restore
         reply = together(self._ranks, "asking the agents", wait_s, lambda: self._holding.inventory(wait_s))
         found = gather_inventories(self._ranks, reply, wait_s)
         names = self._ranks.gather(uuid.uuid4().hex.encode(), "agreeing on a run", wait_s)
         self._run = names[0].decode()
-        self._generation = 1 + max((held.id.generation for held in found), default=0)
+        self._generation = 1 + max((held.id.generation for held in found.images), default=0)
         # What the job would go back to until this run has a complete snapshot of its own; never overwritten before.
-        self._floor = restored or plan(found, self._ranks.world).chosen or max(self._holding.held(), default=None)
+        self._floor = (
+            restored or plan(found.images, self._ranks.world).chosen or max(self._holding.held(), default=None)
+        )
         self._restored = restored
         self._digest: int | None = None
         self._pulse = Pulse(

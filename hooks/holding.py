@@ -129,7 +129,7 @@ class Holding:
     def describe(self, number: int, text: bytes) -> None:
         """Tell the agent of a layout, before the first image that has it."""
         with self._changed:
-            if self._layout is None or self._layout.layout.number != number:
+            if self._layout is None or self._layout.layout.text != text:
                 self._layout = wire.FromTrainer(layout=wire.LayoutText(number=number, text=text))
                 self._send(self._layout)
 
@@ -325,8 +325,6 @@ class Holding:
             self._unmapping(self._slots[index])
             self._slots[index].close()
         record = slot.sealed_record()
-        if record is None:
-            slot.unseal()
         self._slots[index : index + 1] = [slot]
         self._states[index : index + 1] = [SlotState(Stage.SEALED, record.id) if record else SlotState()]
         self._flights.pop(index, None)

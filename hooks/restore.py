@@ -49,17 +49,28 @@ def held_images(reply: wire.ImageList) -> list[Held]:
     ]
 
 
-def gather_inventories(ranks: Ranks, reply: wire.ImageList, timeout_s: float) -> list[Held]:
-    """Every image that any agent holds; the same list on every rank. Collective.
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What all agents hold together: images, and slots that were sealed and cannot be read."""
+
+    images: tuple[Held, ...]
+    spoiled: tuple[str, ...]
+
+
+def gather_inventories(ranks: Ranks, reply: wire.ImageList, timeout_s: float) -> Found:
+    """What any agent holds; the same on every rank. Collective.
 
     Each image is reported by its own rank where that is attached to the agent, so the answer does not grow with the
     square of the ranks; images of ranks that are elsewhere now are reported by all ranks of the node.
     """
-    alive = {image.path for image in reply.images if image.trainer_alive and image.rank != ranks.rank}
-    mine = [asdict(held) for held in held_images(reply) if held.path not in alive]
-    gathered = ranks.gather(json.dumps(mine).encode(), "comparing what the agents hold", timeout_s)
-    unique = {Held(**{**entry, "id": SnapshotId(**entry["id"])}) for part in gathered for entry in json.loads(part)}
-    return sorted(unique, key=lambda held: (held.id, held.rank, held.agent, held.path))
+    elsewhere = {image.path for image in reply.images if image.trainer_alive and image.rank != ranks.rank}
+    mine = [asdict(held) for held in held_images(reply) if held.path not in elsewhere]
+    said = json.dumps([mine, list(reply.spoiled)]).encode()
+    gathered = [json.loads(part) for part in ranks.gather(said, "comparing what the agents hold", timeout_s)]
+    images = {Held(**{**entry, "id": SnapshotId(**entry["id"])}) for part, _ in gathered for entry in part}
+    spoiled = {path for _, part in gathered for path in part}
+    ordered = sorted(images, key=lambda held: (held.id, held.rank, held.agent, held.path))
+    return Found(tuple(ordered), tuple(sorted(spoiled)))
 
 
 def together(ranks: Ranks, what: str, timeout_s: float, work: Callable[[], Result]) -> Result:
@@ -89,28 +100,27 @@ def together(ranks: Ranks, what: str, timeout_s: float, work: Callable[[], Resul
 class Restorer:
     """One restore of one rank. Collective throughout: every rank calls the same methods in the same order."""
 
-    def __init__(self, state: TrainingState, ranks: Ranks, mapped: Iterable[Slot], timeout_s: float) -> None:
+    def __init__(self, state: TrainingState, ranks: Ranks, timeout_s: float, mapped: Iterable[Slot] = ()) -> None:
         """*mapped* are slots that need not be mapped again."""
         self._mapped = {slot.place.path: slot for slot in mapped}
         self._state = state
         self._ranks = ranks
         self._timeout_s = timeout_s
 
-    def newest(self, held: Iterable[Held]) -> SnapshotId | None:
+    def newest(self, found: Found) -> SnapshotId | None:
         """Restore the newest snapshot that can be had; None if none was ever complete.
 
         Raises:
-            SnapshotLost: one was complete, and neither it nor an older one can be had.
-            LayoutMismatch: it does not fit the live state; nothing is changed.
+            SnapshotLost: one was complete, and neither it nor an older one can be had. The live tensors may be partly
+                overwritten if its images proved damaged only then.
+            LayoutMismatch: it does not fit the live state, or this number of ranks; nothing is changed.
             RestoreDiverged: ranks that must agree do not.
         """
-        images, damaged = list(held), set[tuple[SnapshotId, int]]()
+        damaged: set[tuple[SnapshotId, int]] = set()
         while True:
-            decision = plan(images, self._ranks.world, damaged)
+            decision = plan(found.images, self._ranks.world, damaged)
             if decision.chosen is None:
-                if decision.loss or damaged:
-                    raise SnapshotLost(decision.explain())
-                _log.info("%s", decision.explain())
+                self._nothing_left(decision, found, damaged)
                 return None
             _log.log(logging.WARNING if decision.loss else logging.INFO, "%s", decision.explain())
             reach("restore.planned")
@@ -118,6 +128,15 @@ class Restorer:
             if not bad:
                 return decision.chosen
             damaged |= {(decision.chosen, rank) for rank in bad}
+
+    def _nothing_left(self, decision: Plan, found: Found, damaged: set[tuple[SnapshotId, int]]) -> None:
+        """Raise unless it is certain that no snapshot ever was complete: starting afresh must not be an accident."""
+        if decision.loss and any(image.world != self._ranks.world for image in found.images):
+            raise LayoutMismatch(decision.explain())
+        if decision.loss or damaged or found.spoiled:
+            lines = [f"{path}: it was sealed, and its record cannot be read" for path in found.spoiled]
+            raise SnapshotLost("\n".join([decision.explain(), *lines]))
+        _log.info("%s", decision.explain())
 
     def _attempt(self, decision: Plan) -> set[int]:
         """Restore as planned; returns the ranks whose images proved damaged, empty on success."""

@@ -37,7 +37,7 @@ PAGE: Final = 4096
 _WORD_OFFSET: Final = PAGE
 _TABLE_OFFSET: Final = 2 * PAGE
 _MADV_POPULATE_WRITE: Final = 23
-_NAME: Final = re.compile(r"rank-(\d{5,})\.slot-(\d+)")
+_NAME: Final = re.compile(r"rank-([0-9]{5}|[1-9][0-9]{5,})\.slot-(0|[1-9][0-9]*)")  # one name for each slot
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -129,9 +129,8 @@ class Slot:
         libc = ctypes.CDLL(None, use_errno=True)
         libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         if libc.madvise(held.ctypes.data, held.nbytes, _MADV_POPULATE_WRITE) != 0:
-            # Kernels before 5.14. Reading and writing back one byte a page changes nothing and touches everything.
-            pages = held[::PAGE]
-            np.copyto(pages, pages.copy())
+            # Kernels before 5.14. Reading maps what is reserved; writing could undo what another process writes.
+            held[::PAGE].max()
 
     # -- the commit word ---------------------------------------------------------------------------------------------
 
@@ -171,6 +170,17 @@ class Slot:
         if repaired:
             self.write_record(record)
         return record
+
+    @property
+    def spoiled(self) -> bool:
+        """Whether this slot was sealed, by its commit word, and its record cannot be read any more."""
+        if self.word in (FREE_WORD, OPEN_WORD) or not self._bytes[:RECORD_BYTES].any():
+            return False
+        try:
+            self.read_record()
+        except Corrupt:
+            return True
+        return False
 
     def write_record(self, record: Record) -> None:
         """Write the record, after the tables. With the commit word of its nonce, this seals the snapshot."""
@@ -281,6 +291,8 @@ def _descriptor(path: str, flags: int) -> Iterator[int]:
         fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except PermissionError as error:
         raise ConfigError(f"{path}: {error.strerror}; the shared-memory folder must belong to this user") from error
+    except OSError as error:
+        raise Corrupt(f"{path} cannot be opened: {error.strerror}") from error
     try:
         yield fd
     finally:

@@ -123,7 +123,8 @@ class Binding:
     Attributes:
         text: the layout's text.
         lazy, eager: what is copied when.
-        watched, names, addresses: the live tensors behind the lazy copies, and where they lay when bound.
+        watched, names: the live tensors behind the lazy copies.
+        places: where all live tensors lay when bound, and how.
         samples: of what is copied lazily here (CPU). shared: of what all ranks hold alike, whoever copies it.
     """
 
@@ -134,7 +135,7 @@ class Binding:
     eager: Parts
     watched: tuple[torch.Tensor, ...]
     names: tuple[str, ...]
-    addresses: tuple[int, ...]
+    places: tuple[tuple[int, tuple[int, ...]], ...]
     samples: Samples
     shared: Samples
 
@@ -177,7 +178,7 @@ def bind(layout: Layout, survey: Survey, pinned_eager: Iterable[str] = (), share
         Parts(eager),
         tensors,
         tuple(watched),
-        _addresses(tensors),
+        _places(survey),
         Samples(pieces),
         Samples(alike),
     )
@@ -195,13 +196,13 @@ def _rows(item: Item, part: Slice) -> torch.Tensor:
     return local.narrow(0, part.start[0] - item.slice.start[0], part.extent[0])
 
 
-def _addresses(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
-    return tuple(map(torch.Tensor.data_ptr, tensors))
+def _places(survey: Survey) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    return tuple((item.tensor.data_ptr(), item.tensor.stride()) for item in survey.items)
 
 
 def rebound(binding: Binding) -> bool:
-    """Whether some live tensor got other storage (``p.data = …``), so that the binding would copy the old one."""
-    return _addresses(binding.watched) != binding.addresses
+    """Whether some live tensor got other storage or strides (``p.data = …``), so that the binding would copy the old."""
+    return _places(binding.survey) != binding.places
 
 
 class Copier(ABC):

@@ -133,8 +133,10 @@ class Layout:
         except Corrupt:
             raise
         except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-            raise Corrupt(f"unreadable layout: {error!r}") from error
+            raise Corrupt(f"unreadable layout: {type(error).__name__}") from error
         layout._check()
+        if layout.to_text() != text:
+            raise Corrupt("layout text that no layout writes")
         return layout
 
     def _check(self) -> None:
@@ -148,8 +150,8 @@ class Layout:
 
 
 def _natural(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise Corrupt(f"layout holds {value!r} where a natural number belongs")
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise Corrupt(f"layout holds {str(value)[:40]!r} where a natural number belongs")
     return value
 
 

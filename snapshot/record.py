@@ -101,6 +101,8 @@ class Record:
 
         Raises ``Corrupt`` if this is not a record of this version, or is damaged beyond repair.
         """
+        if len(codeword) != RECORD_BYTES:
+            raise Corrupt(f"no readable record: {len(codeword)} bytes, {RECORD_BYTES} needed")
         payload, repaired = codeword[:_PAYLOAD_BYTES], 0
         if not _payload_holds(payload):
             try:

@@ -114,7 +114,9 @@ def _known_complete(images: dict[SnapshotId, list[Held]]) -> set[SnapshotId]:
     known: set[SnapshotId] = set()
     for id, copies in images.items():
         known.update(SnapshotId(id.generation, c.watermark, id.run) for c in copies if c.watermark != NONE)
-        if {c.rank for c in copies} == set(range(copies[0].world)):
+        if any(
+            {c.rank for c in copies if c.world == world} == set(range(world)) for world in {c.world for c in copies}
+        ):
             known.add(id)
     return known
 

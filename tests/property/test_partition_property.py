@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import pytest
 from holdfast.errors import LayoutMismatch
 from holdfast.snapshot.assembly import assemble
 from holdfast.snapshot.layout import ITEM_BYTES, Layout, Slice
@@ -123,7 +122,7 @@ def test_shares_are_balanced(world: World, times: int) -> None:
 
 
 @settings(deadline=None, max_examples=200)
-@given(worlds())
+@given(worlds(empty=True))
 def test_every_rank_gets_back_what_it_held(world: World) -> None:
     images = [image(world, rank) for rank in world.ranks]
     layouts = {rank: layout for rank, (layout, _) in enumerate(images)}
@@ -143,7 +142,7 @@ def test_every_rank_gets_back_what_it_held(world: World) -> None:
 
 
 @settings(deadline=None, max_examples=100)
-@given(worlds(), st.data())
+@given(worlds(empty=True), st.data())
 def test_without_an_image_that_is_needed_nothing_is_made_up(world: World, data: st.DataObject) -> None:
     """If one rank's image is gone, assembling either does without it, or names what is missing."""
     gone = data.draw(st.sampled_from(world.ranks))
@@ -157,7 +156,7 @@ def test_without_an_image_that_is_needed_nothing_is_made_up(world: World, data: 
         rows = Counter[int]()
         for read in reads:
             rows[read.target] += read.rows
-        assert [rows[i] for i in range(len(world.held[rank]))] == [box.rows for box in world.held[rank]]
+        assert [rows[i] for i in range(len(world.held[rank]))] == [b.rows if b.nbytes else 0 for b in world.held[rank]]
 
 
 def test_two_shares_may_differ_by_more_than_one_row() -> None:
@@ -168,13 +167,3 @@ def test_two_shares_may_differ_by_more_than_one_row() -> None:
         for i, (r, w) in enumerate([(5, 2), (1, 1), (5, 2)])
     ]
     assert [sum(piece.nbytes for piece in share(slices, rank)) for rank in members] == [4, 4, 2, 5, 2, 4]
-
-
-@pytest.mark.xfail(strict=True, raises=ZeroDivisionError, reason="assemble divides by the rows of an empty box")
-@settings(deadline=None, max_examples=50, database=None)
-@given(worlds(empty=True))
-def test_empty_boxes_need_nothing(world: World) -> None:
-    layouts = {rank: image(world, rank)[0] for rank in world.ranks}
-    for rank in world.ranks:
-        for read in assemble(world.held[rank], layouts, rank):
-            assert read.nbytes > 0

@@ -20,7 +20,7 @@ from holdfast.errors import BudgetExceeded, Corrupt
 from holdfast.snapshot import arena
 from holdfast.snapshot.arena import PAGE, Place, Slot, parse_name, place_for, scan
 from holdfast.snapshot.layout import Layout, Slice
-from holdfast.snapshot.record import Record, SnapshotId, new_nonce, opening_mark
+from holdfast.snapshot.record import FREE_WORD, OPEN_WORD, Record, SnapshotId, new_nonce
 
 BLOCK = 4096
 LAYOUT = Layout.of(1, [Slice("w", "uint8", (9000,), (0,), (9000,)), Slice("b", "float32", (), (), ())])
@@ -28,24 +28,23 @@ IMAGE_BYTES = LAYOUT.values_offset + 100
 ID = SnapshotId(1, 7, "ab" * 16)
 
 
-@pytest.fixture()
+@pytest.fixture
 def folder() -> Iterator[Path]:
     made = Path(tempfile.mkdtemp(prefix="holdfast-test-arena-", dir="/dev/shm"))
     yield made
     shutil.rmtree(made)
 
 
-@pytest.fixture()
+@pytest.fixture
 def place(folder: Path) -> Place:
     return place_for(folder, 3, 1, table_bytes=3000, image_bytes=IMAGE_BYTES)
 
 
-@pytest.fixture()
+@pytest.fixture
 def slot(place: Place) -> Iterator[Slot]:
     made = Slot.create(place)
     yield made
-    if hasattr(made, "image"):
-        made.close()
+    made.close()
 
 
 def record_of(slot: Slot, **changes: Any) -> Record:
@@ -62,7 +61,7 @@ def record_of(slot: Slot, **changes: Any) -> Record:
 
 def seal(slot: Slot, **changes: Any) -> Record:
     """All of a snapshot's way into *slot*, in order; *changes* make its record lie."""
-    slot.open_for(ID.step)
+    slot.unseal_to_fill()
     slot.image[:IMAGE_BYTES] = np.random.default_rng(1).integers(0, 256, IMAGE_BYTES, np.uint8)
     record = record_of(slot, **changes)
     slot.write_tables(slot.checksums(IMAGE_BYTES, BLOCK), changes.get("text", LAYOUT.to_text()))
@@ -112,7 +111,7 @@ def test_a_slot_has_one_name(name: str) -> None:
 
 
 def test_a_new_slot_holds_nothing(slot: Slot) -> None:
-    assert slot.word == 0
+    assert slot.word == FREE_WORD
     assert slot.sealed_record() is None
     assert slot.image.nbytes == slot.place.image_bytes
     assert not slot.image.any()
@@ -153,7 +152,7 @@ def test_a_half_made_slot_is_made_anew(place: Place) -> None:
 
 
 def test_another_size_is_not_mapped(slot: Slot, place: Place) -> None:
-    with pytest.raises(Corrupt, match="bytes, .* expected"):
+    with pytest.raises(Corrupt, match=r"bytes, .* expected"):
         Slot.open(replace(place, image_bytes=place.image_bytes + PAGE))
 
 
@@ -167,9 +166,9 @@ def test_links_are_not_followed(slot: Slot, place: Place, folder: Path) -> None:
 def test_two_mappings_are_one_memory(slot: Slot, place: Place) -> None:
     other = Slot.open(place)
     slot.image[5] = 77
-    slot.open_for(7)
+    slot.unseal_to_fill()
     assert other.image[5] == 77
-    assert other.word == opening_mark(7)
+    assert other.word == OPEN_WORD
     other.close()
     assert slot.image[5] == 77
 
@@ -202,6 +201,7 @@ def test_prefaulting_leaves_alone_what_others_write(slot: Slot, place: Place, mo
 def test_views_outlive_the_mapping(slot: Slot) -> None:
     view = slot.image[:10]
     slot.close()
+    slot.close()
     view[:] = 3
     assert view.sum() == 30
 
@@ -209,40 +209,26 @@ def test_views_outlive_the_mapping(slot: Slot) -> None:
 # -- sealing ---------------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_sealed_before_the_last_store(slot: Slot, place: Place) -> None:
-    """At each line, another process that looks sees nothing, or (at the end) all."""
+@pytest.mark.parametrize("word_first", [True, False])
+def test_nothing_is_sealed_before_the_last_store(slot: Slot, place: Place, word_first: bool) -> None:
+    """At each line, another process that looks sees nothing, or (at the end) all. Record and word come in either order."""
     other = Slot.open(place)
     first = seal(slot)
     assert other.sealed_record() == first
-    steps: list[Callable[[], object]] = [
-        lambda: slot.open_for(8),
-        lambda: slot.image.fill(9),
-        lambda: slot.write_tables(slot.checksums(IMAGE_BYTES, BLOCK), LAYOUT.to_text()),
-        lambda: slot.write_record(second),
-    ]
+    slot.unseal_to_fill()
+    assert other.sealed_record() is None
+    slot.image.fill(9)
     second = record_of(slot, id=SnapshotId(1, 8, ID.run), nonce=new_nonce(random.Random(6)))
-    for step in steps:
+    last: list[Callable[[], object]] = [lambda: slot.write_record(second), lambda: slot.commit(second.nonce)]
+    first_of_them, last_of_them = last[::-1] if word_first else last
+    for step in (lambda: slot.write_tables(slot.checksums(IMAGE_BYTES, BLOCK), LAYOUT.to_text()), first_of_them):
         step()
         assert other.sealed_record() is None
-    slot.commit(second.nonce)
+    last_of_them()
     assert other.sealed_record() == second
     slot.unseal()
     assert other.sealed_record() is None
     other.close()
-
-
-def test_the_agent_commits_only_what_is_still_open_for_that_step(slot: Slot) -> None:
-    nonce = new_nonce(random.Random(1))
-    assert not slot.commit_if_open_for(7, nonce)
-    slot.open_for(8)
-    assert not slot.commit_if_open_for(7, nonce)
-    assert slot.word == opening_mark(8)
-    slot.open_for(7)
-    assert slot.commit_if_open_for(7, nonce)
-    assert slot.word == nonce
-    assert not slot.commit_if_open_for(7, new_nonce(random.Random(2)))
-    slot.unseal()
-    assert not slot.commit_if_open_for(7, nonce)
 
 
 @pytest.mark.parametrize(
@@ -269,9 +255,9 @@ def test_flipped_bits_in_the_word_change_nothing(slot: Slot) -> None:
     record = seal(slot)
     slot.commit(record.nonce ^ 0b1011)
     assert slot.sealed_record() == record
-    slot.open_for(7)
-    slot.commit(opening_mark(7) ^ 0xF0_0000_0000)
-    assert slot.sealed_record() is None
+    for word in (FREE_WORD, OPEN_WORD):
+        slot.commit(word ^ 0xF0_0000_0000)
+        assert slot.sealed_record() is None
 
 
 def test_a_damaged_record_is_repaired_where_it_lies(slot: Slot, place: Place) -> None:

@@ -76,7 +76,6 @@ def test_an_empty_box_that_nobody_holds_needs_nothing() -> None:
     assert assemble([box("a", 0, 0, of=0)], {0: Layout.of(1, [])}, 0) == []
 
 
-@pytest.mark.xfail(strict=True, raises=ZeroDivisionError, reason="rows are divided by, even where there are none")
 @pytest.mark.parametrize(
     ("wanted", "held"),
     [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from holdfast.snapshot.beat import NONE, VECTOR_LENGTH, Agreed, Facts, Verdict, complete_here, settle
+from holdfast.snapshot.beat import NONE, UNKNOWN, VECTOR_LENGTH, Agreed, Facts, Verdict, complete_here, settle
 
 CALM = Facts(5, 5)
 
@@ -29,8 +29,9 @@ def reduced(*all_facts: Facts) -> Facts:
 
 
 def test_vectors_round_trip() -> None:
-    told = Facts(3, 4, 5, 6, 7, 8, able=False, relayout=True, stop=True, busy_us=9)
+    told = Facts(3, 4, 5, 6, 7, 8, able=False, relayout=True, stop=True, busy_us=9, low_digest=10, high_digest=11)
     assert Facts.from_vector(told.to_vector()) == told
+    assert Facts.from_vector(CALM.to_vector()) == CALM
     assert len(told.to_vector()) == VECTOR_LENGTH
     assert all(type(number) is int for number in told.to_vector())
 
@@ -46,6 +47,11 @@ def test_vectors_round_trip() -> None:
         ({"discarded": 4}, {"discarded": NONE}, {"discarded": 4}),
         ({"discarded": 4}, {"discarded": 6}, {"discarded": 6}),
         ({"first_beat": 5, "last_beat": 5}, {"first_beat": 8, "last_beat": 8}, {"first_beat": 5, "last_beat": 8}),
+        ({"low_digest": 3, "high_digest": 3}, {"low_digest": 3, "high_digest": 3}, {"low_digest": 3, "high_digest": 3}),
+        ({"low_digest": 3, "high_digest": 3}, {"low_digest": 9, "high_digest": 9}, {"low_digest": 3, "high_digest": 9}),
+        ({"low_digest": 3, "high_digest": 3}, {}, {"low_digest": 3, "high_digest": 3}),
+        ({"low_digest": 2**32 - 1, "high_digest": 2**32 - 1}, {}, {"low_digest": 2**32 - 1, "high_digest": 2**32 - 1}),
+        ({"low_digest": 0, "high_digest": 0}, {"low_digest": UNKNOWN}, {"low_digest": 0, "high_digest": 0}),
         ({"first_taken": 5, "last_taken": 5}, {"first_taken": 8, "last_taken": 8}, {"first_taken": 5, "last_taken": 8}),
     ],
     ids=str,
@@ -144,6 +150,23 @@ def test_ranks_that_name_steps_differently_complete_nothing() -> None:
     after, verdict = settled(before, facts(before, 8, last_taken=12))
     assert after == Agreed(7)
     assert verdict == Verdict(False, "ranks-apart")
+
+
+def test_replicas_that_drifted_apart_complete_nothing_and_lay_out_anew() -> None:
+    """Each copied a part of what is no longer the same: what was put together is the state of none of them."""
+    before = Agreed(7, (8,))
+    after, verdict = settled(before, facts(before, 8, low_digest=1, high_digest=2))
+    assert after == Agreed(7)
+    assert verdict == Verdict(False, "new-layout", relayout=True)
+
+
+def test_replicas_that_are_alike_or_unknown_go_on() -> None:
+    before = Agreed(7, (8,))
+    for digest in (0, 1, 2**32 - 1, UNKNOWN):
+        assert settled(before, facts(before, 8, low_digest=digest, high_digest=digest)) == (
+            Agreed(8, (9,)),
+            Verdict(True),
+        )
 
 
 def test_the_verdict_passes_on_what_any_rank_said() -> None:
