@@ -133,6 +133,10 @@ class Arenas:
         slot = self._slots.get((place.rank, place.index))
         if slot is None:
             return False
+        if not slot.in_place:  # somebody removed the file, or put another in its place
+            del self._slots[place.rank, place.index]
+            slot.close()
+            return False
         if slot.sealed_record() is not None:
             return True
         if slot.place.file_bytes == place.file_bytes:  # without a record its division is open; the trainer knows it
@@ -148,7 +152,7 @@ class Arenas:
         old = self._slots.pop((place.rank, place.index), None)
         if old is not None:  # its memory goes first: the budget has no room for both
             old.close()
-            os.unlink(old.place.path)
+            Path(old.place.path).unlink(missing_ok=True)
         self._slots[place.rank, place.index] = Slot.create(place)
 
     def _check_budget(self, missing: Iterable[Place]) -> None:
@@ -235,7 +239,7 @@ class Arenas:
     def remove(self) -> None:
         """Give all memory back; what was held is gone."""
         for slot in self._slots.values():
-            os.unlink(slot.place.path)
+            Path(slot.place.path).unlink(missing_ok=True)
             slot.close()
         self._slots.clear()
 

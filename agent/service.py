@@ -82,16 +82,22 @@ class AgentService:
         except HoldfastError as error:
             _log.warning("rank %d refused: %s", first.hello.rank, error)
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error_text(error))
+        one_at_a_time = asyncio.Lock()
+
+        async def write(message: wire.FromAgent) -> None:
+            async with one_at_a_time:  # gRPC refuses a write while another is under way
+                await context.write(message)
+
         # From here on the rank is taken, so whatever happens, it must be given free again.
         try:
             with self._watching(trainer):
                 await asyncio.to_thread(self._arenas.prefault, places)
-                await context.write(wire.FromAgent(welcome=self._welcome(places)))
+                await write(wire.FromAgent(welcome=self._welcome(places)))
                 _log.info("rank %d attached, pid %d", trainer.hello.rank, trainer.hello.pid)
                 async for message in requests:
                     if trainer.gone.is_set():  # given up, or replaced by its own new stream
                         break
-                    await self._hear(trainer, message, context.write)
+                    await self._hear(trainer, message, write)
         finally:
             self._lose(trainer)
 

@@ -10,7 +10,8 @@ dcp-staged      the same with ``DefaultStager(StagingOptions(...))``: cached sta
 dcp-thread      as dcp-staged, but written by a thread of the trainer
 ==============  ========================================================================================================
 
-Peers that write in the background are awaited before their next snapshot begins: they hold one staged copy.
+Peers that write in the background are awaited before their next snapshot begins: they hold one staged copy. Every
+contender imports what it needs by itself, so that the memory of the others is theirs alone.
 """
 
 from __future__ import annotations
@@ -21,14 +22,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
-import torch.distributed as dist
-from holdfast import Checkpointer, Ticket
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, async_save
 from workload import Workload
+
+if TYPE_CHECKING:
+    from holdfast import Ticket
 
 PEERS: Final = ("torch.save", "dcp", "dcp-staged", "dcp-thread")
 
@@ -66,6 +66,8 @@ class Holdfast(Contender):
 
     def __init__(self, workload: Workload, job: str, shm: str) -> None:
         super().__init__(workload)
+        from holdfast import Checkpointer
+
         began_s = time.perf_counter()
         self.ckpt = Checkpointer(workload.model, workload.optimizer, job=job, shm=shm, every=1 << 30)
         self.attach_s = time.perf_counter() - began_s
@@ -105,6 +107,8 @@ class Dcp(Contender):
 
     def __init__(self, workload: Workload, folder: Path, options: Callable[[], dict[str, Any]]) -> None:
         super().__init__(workload)
+        import torch.distributed as dist
+
         if not dist.is_initialized():
             os.environ.setdefault("MASTER_ADDR", "127.0.0.1")  # where the writing process looks for its peers
             dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=0, world_size=1)
@@ -117,6 +121,8 @@ class Dcp(Contender):
     def step(self, step: int, wanted: bool) -> bool:
         if not wanted:
             return False
+        from torch.distributed.checkpoint.state_dict_saver import async_save
+
         self.settle()
         path = self._folder / f"snapshot-{step % 2}"
         shutil.rmtree(path, ignore_errors=True)
@@ -137,18 +143,21 @@ class Dcp(Contender):
             written.result()
 
     def close(self) -> None:
-        dist.destroy_process_group()
+        torch.distributed.destroy_process_group()
 
 
 def _state_dict(workload: Workload) -> dict[str, Any]:
     return {"model": workload.model.state_dict(), "optimizer": workload.optimizer.state_dict()}
 
 
-def _staged(kind: AsyncCheckpointerType) -> dict[str, Any]:
+def _staged(kind: Literal["thread", "process"]) -> dict[str, Any]:
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+    from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+
     options = StagingOptions(
         use_pinned_memory=False, use_shared_memory=True, use_async_staging=True, use_non_blocking_copy=False
     )
-    return {"async_checkpointer_type": kind, "async_stager": DefaultStager(options)}
+    return {"async_checkpointer_type": AsyncCheckpointerType(kind), "async_stager": DefaultStager(options)}
 
 
 def make(name: str, workload: Workload, *, folder: Path, job: str, shm: str) -> Contender:
@@ -158,7 +167,7 @@ def make(name: str, workload: Workload, *, folder: Path, job: str, shm: str) -> 
         "holdfast": lambda: Holdfast(workload, job, shm),
         "torch.save": lambda: TorchSave(workload, folder),
         "dcp": lambda: Dcp(workload, folder, dict),
-        "dcp-staged": lambda: Dcp(workload, folder, lambda: _staged(AsyncCheckpointerType.PROCESS)),
-        "dcp-thread": lambda: Dcp(workload, folder, lambda: _staged(AsyncCheckpointerType.THREAD)),
+        "dcp-staged": lambda: Dcp(workload, folder, lambda: _staged("process")),
+        "dcp-thread": lambda: Dcp(workload, folder, lambda: _staged("thread")),
     }
     return makers[name]()

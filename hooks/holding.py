@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import random
 import threading
 import time
@@ -295,7 +294,7 @@ class Holding:
         """The slot that the agent offers, mapped; None if it is the one that is mapped already."""
         if place.index < len(self._slots):
             old = self._slots[place.index]
-            if os.stat(place.path).st_ino == old.inode and place == old.place and old.image.nbytes:
+            if old.in_place and place == old.place and old.image.nbytes:
                 return None
         slot = Slot.open(place)
         slot.prefault()

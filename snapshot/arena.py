@@ -123,6 +123,14 @@ class Slot:
             os.replace(fresh, place.path)
             return cls(place, fd)
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the file of that name still is the one that is mapped."""
+        try:
+            return os.stat(self.place.path, follow_symlinks=False).st_ino == self.inode
+        except OSError:
+            return False
+
     def prefault(self) -> None:
         """Have the kernel map every page now, so that no first touch (1 GB/s) falls into a snapshot. Without the GIL."""
         held = self._bytes  # whoever works on addresses keeps the mapping alive by this

@@ -25,7 +25,7 @@ from holdfast.agent.protocol import Flight
 from holdfast.agent.settings import NodeSettings
 from holdfast.errors import LayoutMismatch, StateRefused
 from holdfast.hooks.ranks import Alone
-from holdfast.hooks.restore import Restorer
+from holdfast.hooks.restore import Found, Restorer
 from holdfast.snapshot.capture import Capture, CpuCopier, bind
 from holdfast.snapshot.codec import encode
 from holdfast.snapshot.layout import Layout
@@ -69,7 +69,7 @@ class Darkroom:
         slot.commit(NONCE)
 
     def put_back(self, state: TrainingState) -> int | None:
-        chosen = Restorer(state, Alone(), 60.0).newest(self.arenas.inventory())
+        chosen = Restorer(state, Alone(), 60.0).newest(Found(tuple(self.arenas.inventory()), ()))
         return chosen.step if chosen else None
 
     def close(self) -> None:
