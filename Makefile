@@ -23,7 +23,9 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	mkdir -p .build && ln -sfn .. .build/holdfast
-	cd .build && MYPYPATH=.:holdfast/tests:holdfast/benchmarks ../$(BIN)/mypy --config-file ../pyproject.toml -p holdfast
+	cd .build && ../$(BIN)/mypy --config-file ../pyproject.toml --exclude '/(tests|benchmarks|examples|build)/' -p holdfast
+	cd tests && MYPYPATH=../.build:. ../$(BIN)/mypy --config-file ../pyproject.toml --explicit-package-bases .
+	cd benchmarks && MYPYPATH=../.build:. ../$(BIN)/mypy --config-file ../pyproject.toml --explicit-package-bases .
 
 bench: setup
 	$(BIN)/python benchmarks/capture.py

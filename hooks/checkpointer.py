@@ -171,6 +171,7 @@ class Checkpointer:
         self._reported_s = -_REPORT_EVERY_S
         self._stall_s = 0.0
         self._objection = ""
+        self._digest: int | None = None
         with ExitStack() as undo:
             undo.callback(self._ranks.close)
             self._set_up(undo, _by_name(model), _by_name(optimizer), extras or {}, slots)
@@ -505,7 +506,7 @@ class Checkpointer:
             restored or plan(found.images, self._ranks.world).chosen or max(self._holding.held(), default=None)
         )
         self._restored = restored
-        self._digest: int | None = None
+        self._digest = None
         self._pulse = Pulse(
             self._ranks,
             self._slot_count,

@@ -17,6 +17,7 @@ from ..errors import Corrupt
 
 ALIGNMENT = 64
 _FORMAT = 1
+_DIMENSIONS = 64  # torch's own limit
 
 # Element sizes in bytes of every dtype that may lie in an image; names are torch's, without the "torch." prefix.
 ITEM_BYTES: dict[str, int] = {
@@ -150,7 +151,7 @@ class Layout:
 
 
 def _natural(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 1 << 63:
+    if type(value) is not int or not 0 <= value < 1 << 96:
         raise Corrupt(f"layout holds {str(value)[:40]!r} where a natural number belongs")
     return value
 
@@ -164,8 +165,10 @@ def _placed(row: Sequence[Any], groups: Sequence[tuple[int, ...]]) -> Placed:
     if type(name) is not str or type(device) is not str or dtype not in ITEM_BYTES:
         raise Corrupt(f"layout entry {name!r} has dtype {dtype!r} on {device!r}")
     piece = Slice(name, dtype, _naturals(shape), _naturals(start), _naturals(extent), device, groups[_natural(group)])
-    if not len(piece.shape) == len(piece.start) == len(piece.extent) or any(
-        s + e > n for s, e, n in zip(piece.start, piece.extent, piece.shape, strict=True)
+    if (
+        len(piece.shape) > _DIMENSIONS
+        or not len(piece.shape) == len(piece.start) == len(piece.extent)
+        or any(s + e > n for s, e, n in zip(piece.start, piece.extent, piece.shape, strict=True))
     ):
         raise Corrupt(f"layout entry {name!r} reaches outside its tensor")
     return Placed(piece, _natural(offset))

@@ -52,7 +52,7 @@ def test_ready_line_and_clean_end(node: Node) -> None:
     again = node.start("--log-format", "json")
     assert _restored(node) == (1, wanted)
     again.send_signal(signal.SIGTERM)
-    _, log = again.communicate(timeout=WAIT_S)
+    log = node.ended(again)
     lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
     assert {"time_s", "level", "logger", "message"} <= set(lines[0])
     assert any("adopted" in line["message"] for line in lines)
@@ -61,7 +61,7 @@ def test_ready_line_and_clean_end(node: Node) -> None:
 def test_one_agent_per_folder(node: Node) -> None:
     node.start()
     second = node.start()
-    _, log = second.communicate(timeout=WAIT_S)
+    log = node.ended(second)
     assert second.returncode == AgentError.exit_code
     assert "another agent already serves" in log
     assert node.status().job == node.job

@@ -92,11 +92,11 @@ class Training:
         batch = self.loader.next() + random.random() + float(np.random.rand())
         loss = (self.model(batch) - batch).square().mean()
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimizer.step()
         self.scheduler.step()
         self.python["draws"] += random.random()
-        return loss.item()
+        return float(loss.item())
 
     def extras(self) -> dict[str, Any]:
         return {"scheduler": self.scheduler, "loader": self.loader, "python": self.python}
@@ -333,6 +333,11 @@ class Job:
             lambda log: sum(e["life"] == self.lives and "step" in e for e in log) >= steps,
             rank,
         )
+
+    def wait_newer(self) -> None:
+        """Until the trainer knows of a complete snapshot that is newer than what it knows of now."""
+        newest = max((e.get("watermark", 0) for e in self.log()), default=0)
+        self.wait_for("newer snapshot", lambda log: any(e.get("watermark", 0) > newest for e in log))
 
     # -- judging -----------------------------------------------------------------------------------------------------
 

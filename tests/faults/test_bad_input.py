@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -170,7 +171,6 @@ def test_a_record_beyond_repair_costs_one_snapshot(two: Two, count: int, restart
     assert _restored(node) == (1, states[1])
 
 
-@pytest.mark.xfail(reason="a commit word without a readable record is not reported by the inventory yet", strict=True)
 @pytest.mark.parametrize("restart", [False, True])
 def test_all_records_beyond_repair_are_not_a_fresh_start(two: Two, restart: bool) -> None:
     """Slots that were sealed and cannot be read: snapshots existed, and a job that silently starts over loses them."""
@@ -220,7 +220,7 @@ def test_another_jobs_snapshots_in_the_folder(two: Two) -> None:
     node, states, _ = two
     node.stop()
     intruder = node.start(job="another-job")
-    _, log = intruder.communicate(timeout=WAIT_S)
+    log = node.ended(intruder)
     assert intruder.returncode == ConfigError.exit_code
     assert "of another job" in log
     assert _restored(node) == (2, states[2])
@@ -266,9 +266,8 @@ def test_an_agent_of_another_version(node: Node) -> None:
         "from holdfast.ops.cli import main\n"
         "sys.exit(main(['agent', '--job', sys.argv[1], '--shm', sys.argv[2]]))"
     )
-    agent = subprocess.Popen(
-        [sys.executable, "-c", code, node.job, str(node.shm)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    agent = subprocess.Popen([sys.executable, "-c", code, node.job, str(node.shm)], stdout=subprocess.PIPE, text=True)
+    agent.log = tempfile.TemporaryFile("w+")  # type: ignore[attr-defined]  # noqa: SIM115
     node.agents.append(agent)
     assert agent.stdout is not None
     agent.stdout.readline()

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -53,14 +54,29 @@ class Node:
 
     def start(self, *options: str, job: str | None = None, **environment: str) -> subprocess.Popen[str]:
         """An agent in the foreground, ready; or ended, if it refused to start."""
+        log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - no pipe: an agent that logs much must not wait for a reader
         agent = subprocess.Popen(
             [sys.executable, "-m", "holdfast", "agent", "--job", job or self.job, "--shm", str(self.shm), *options],
-            env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=log, text=True,
         )  # fmt: skip
+        agent.log = log  # type: ignore[attr-defined]
         self.agents.append(agent)
         assert agent.stdout is not None
         agent.ready = agent.stdout.readline()  # type: ignore[attr-defined]
         return agent
+
+    @staticmethod
+    def ended(agent: subprocess.Popen[str]) -> str:
+        """Wait for the end of an agent that was started here; its log."""
+        agent.wait(WAIT_S)
+        assert agent.stdout is not None
+        agent.stdout.close()
+        log = agent.log  # type: ignore[attr-defined]
+        if log.closed:
+            return ""
+        with log:
+            log.seek(0)
+            return str(log.read())
 
     def attach(
         self,
@@ -91,7 +107,7 @@ class Node:
                 until(lambda: not _alive(pid), "the agent to end")
         for agent in self.agents:
             agent.kill()
-            agent.communicate(timeout=WAIT_S)
+            self.ended(agent)
         self.agents.clear()
 
     def wipe(self) -> None:

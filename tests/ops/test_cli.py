@@ -30,7 +30,7 @@ from holdfast.ops.answers import Copy, Snapshot, whom
 from holdfast.ops.inspect import choose
 from holdfast.snapshot.arena import Slot
 from holdfast.snapshot.layout import Layout, Slice
-from holdfast.snapshot.record import SnapshotId
+from holdfast.snapshot.record import SnapshotId, new_nonce
 
 DEADLINE_S = 30.0
 DOCS = Path(cli.__file__).parents[1] / "docs" / "cli.md"
@@ -80,7 +80,7 @@ class Trainer:
         self._heard: queue.SimpleQueue[wire.FromAgent] = queue.SimpleQueue()
         asked = hello(node.settings, "0", rank=rank, world=world, slots=2, image_bytes=image_bytes, table_bytes=1 << 16)
         self._attachment = Attachment(
-            node.settings, asked, hear=self._heard.put, lost=lambda error: None, timeout_s=DEADLINE_S
+            node.settings, asked, hear=self._heard.put, lost=lambda attachment, error: None, timeout_s=DEADLINE_S
         )
         self._slots = [Slot.open(place_of(slot, rank)) for slot in self._attachment.welcome.slots]
 
@@ -88,9 +88,7 @@ class Trainer:
         self._attachment.send(wire.FromTrainer(report=wire.Report(**figures)))
 
     def open(self, index: int, id: SnapshotId) -> None:
-        self._slots[index].open_for(id.step)
-        opened = wire.Opened(slot=index, run=id.run, generation=id.generation, step=id.step, watermark=-1)
-        self._attachment.send(wire.FromTrainer(opened=opened))
+        self._slots[index].unseal_to_fill()
 
     def seal(self, index: int, id: SnapshotId, layout: Layout, image: bytes) -> str:
         """Take one snapshot; returns the path of its slot. All that was sent before has been heard by then."""
@@ -98,13 +96,16 @@ class Trainer:
         slot = self._slots[index]
         slot.image[: len(image)] = np.frombuffer(image, np.uint8)
         text = wire.LayoutText(number=layout.number, text=layout.to_text())
-        copied = wire.Copied(slot=index, step=id.step, layout=layout.number, image_bytes=len(image))
+        nonce = new_nonce()
+        copied = wire.Copied(
+            slot=index, nonce=nonce, run=id.run, generation=id.generation, step=id.step, watermark=-1,
+            layout=layout.number, image_bytes=len(image),
+        )  # fmt: skip
         self._attachment.send(wire.FromTrainer(layout=text))
         self._attachment.send(wire.FromTrainer(copied=copied))
-        self._attachment.send(wire.FromTrainer(fenced=wire.Fenced(slot=index, step=id.step)))
         heard = self._heard.get(timeout=DEADLINE_S)
         assert heard.WhichOneof("kind") == "prepared", heard
-        slot.commit(heard.prepared.nonce)
+        slot.commit(nonce)
         return slot.place.path
 
     def leave(self, *, goodbye: bool = False) -> None:

@@ -64,7 +64,9 @@ def found(folder: Path) -> Record | None:
     return record
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    derandomize=True, deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_damage_anywhere(sealed: tuple[Path, Record, bytes], data: st.DataObject) -> None:
     folder, record, content = sealed
@@ -78,7 +80,7 @@ def test_damage_anywhere(sealed: tuple[Path, Record, bytes], data: st.DataObject
     assert found(folder) in (record, None)
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(derandomize=True, deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(length=st.integers(2 * PAGE, 5 * PAGE), noise=st.binary(min_size=1, max_size=500), keep=st.booleans())
 def test_another_length(sealed: tuple[Path, Record, bytes], length: int, noise: bytes, keep: bool) -> None:
     """Cut off, or longer; of our bytes, or of others'."""

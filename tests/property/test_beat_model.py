@@ -389,7 +389,8 @@ class Copier:
 class State:
     """As ``snapshot.state.TrainingState``, of one tensor that all ranks should hold alike.
 
-    ``version`` changes with the structure; ``drift`` is what this rank's bytes differ by from what they should be.
+    ``version`` changes with the structure, ``grown`` if there is more of it; ``drift`` is what this rank's bytes differ by
+    from what they should be.
     """
 
     shuffles = False
@@ -397,15 +398,18 @@ class State:
     def __init__(self, members: tuple[int, ...]) -> None:
         self.members = members if len(members) > 1 else ()
         self.tensor = torch.zeros(8, dtype=torch.uint8)
-        self.version = 0
+        self.version = self.grown = 0
         self.drift = 0
         self.refuses = False
+
+    def size(self) -> int:
+        return self.grown
 
     def survey(self) -> Survey:
         if self.refuses:
             raise StateRefused("whatever it is")
         box = Slice(f"v{self.version}", "uint8", (8,), (0,), (8,), "cpu", self.members)
-        return Survey((Item(box, self.tensor, self.tensor, lazy=True),), (), (), {}, plain=False)
+        return Survey((Item(box, self.tensor, self.tensor, lazy=True),), (), (), {}, plain=False, size=self.grown)
 
     def unchanged(self, survey: Survey) -> bool:
         return survey.items[0].slice.name == f"v{self.version}"
@@ -702,6 +706,11 @@ class World:
         rank.state.version += 1
         self.layout_due = True
 
+    def on_outlay(self, rank: Rank) -> None:
+        """As above, and more tensors than before."""
+        rank.state.grown += 1
+        self.on_relayout(rank)
+
     def on_refuse(self, rank: Rank) -> None:
         rank.state.refuses = not rank.state.refuses
         self.layout_due = True
@@ -861,7 +870,7 @@ FAULTS: dict[str, float] = {
     "outgrow": 0.1, "grow_fails": 0.05, "kill_agent": 0.2, "break_stream": 0.2,
     "agent_fails": 0.2, "reattach": 2, "crash": 0.15, "trainers_die": 0.15,
 }  # fmt: skip
-LAYOUTS: dict[str, float] = {"relayout": 0.3, "refuse": 0.1}
+LAYOUTS: dict[str, float] = {"relayout": 0.6, "outlay": 0.3, "refuse": 0.3}
 
 
 def schedule(seed: int, length: int, ranks: int, weights: dict[str, float]) -> Schedule:
@@ -972,7 +981,7 @@ def test_ranks_that_drift_apart_share_nothing_any_more() -> None:
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=NOT_STARTED), pytest.param(3, marks=NOT_STARTED)])
 def test_a_state_that_changes_its_structure_is_laid_out_anew(ranks: int) -> None:
     """By all ranks, at the same place in the sequence of collectives, however late one of them learns of it."""
-    for seed in range(25):
+    for seed in range(50):
         run(partial(World, ranks, 2, skew=1), schedule(seed, 150, ranks, TRAINING | FAULTS | LAYOUTS), comes_back)
 
 

@@ -16,7 +16,9 @@ names = st.text(st.characters(codec=None, exclude_categories=()), max_size=6)
 
 @st.composite
 def slices(draw: st.DrawFn) -> Slice:
-    shape = draw(st.lists(st.integers(0, 2**40) | st.integers(0, 3), max_size=4))
+    shape = draw(st.lists(st.integers(0, 2**12) | st.integers(0, 3), max_size=3)) + draw(
+        st.lists(st.just(2**20), max_size=1)
+    )
     start = [draw(st.integers(0, n)) for n in shape]
     extent = [draw(st.integers(0, n - s)) for n, s in zip(shape, start, strict=True)]
     members = draw(st.just(()) | st.sets(st.integers(0, 9), min_size=2).map(lambda ranks: tuple(sorted(ranks))))
@@ -41,10 +43,10 @@ def read_or_corrupt(text: bytes) -> None:
         for s, e, n in zip(placed.slice.start, placed.slice.extent, placed.slice.shape, strict=True):
             assert 0 <= s <= s + e <= n
     assert layout.values_offset >= end
-    assert Layout.from_text(layout.to_text()) == layout
+    assert layout.to_text() == text
 
 
-@settings(deadline=None, max_examples=200)
+@settings(derandomize=True, deadline=None, max_examples=200)
 @given(layouts)
 def test_round_trip(layout: Layout) -> None:
     text = layout.to_text()
@@ -53,7 +55,7 @@ def test_round_trip(layout: Layout) -> None:
     assert differences([p.slice for p in layout.placed], [p.slice for p in Layout.from_text(text).placed]) == []
 
 
-@settings(deadline=None, max_examples=300)
+@settings(derandomize=True, deadline=None, max_examples=300)
 @given(layouts, st.data())
 def test_mutated_bytes(layout: Layout, data: st.DataObject) -> None:
     text = bytearray(layout.to_text())
@@ -66,6 +68,7 @@ def test_mutated_bytes(layout: Layout, data: st.DataObject) -> None:
     read_or_corrupt(bytes(text))
 
 
+@settings(derandomize=True, deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes(text: bytes) -> None:
     read_or_corrupt(text)
@@ -88,7 +91,7 @@ def spots(tree: Any) -> list[tuple[Any, Any]]:
     return found
 
 
-@settings(deadline=None, max_examples=400)
+@settings(derandomize=True, deadline=None, max_examples=400)
 @given(layouts, st.data())
 def test_mutated_trees(layout: Layout, data: st.DataObject) -> None:
     """Well-formed JSON with odd values, lost entries and repeated ones: deeper than flipped bytes get."""
@@ -107,7 +110,7 @@ def test_mutated_trees(layout: Layout, data: st.DataObject) -> None:
     read_or_corrupt(json.dumps(tree, ensure_ascii=False).encode("utf-8", "surrogatepass"))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(derandomize=True, deadline=None, max_examples=100)
 @given(slices(), st.data())
 def test_narrowing_stays_inside(piece: Slice, data: st.DataObject) -> None:
     first = data.draw(st.integers(0, piece.rows))

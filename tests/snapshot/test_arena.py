@@ -101,7 +101,6 @@ def test_other_names_are_not_ours(name: str) -> None:
     assert parse_name(name) is None
 
 
-@pytest.mark.xfail(strict=True, reason="two names can mean the same slot; the later one hides the other")
 @pytest.mark.parametrize("name", ["rank-000001.slot-0", "rank-00001.slot-00", "rank-٠٠٠٠١.slot-0"])
 def test_a_slot_has_one_name(name: str) -> None:
     assert parse_name(name) is None
@@ -159,7 +158,7 @@ def test_another_size_is_not_mapped(slot: Slot, place: Place) -> None:
 def test_links_are_not_followed(slot: Slot, place: Place, folder: Path) -> None:
     link = folder / "rank-00004.slot-0"
     link.symlink_to(place.path)
-    with pytest.raises(OSError, match="symbolic links"):
+    with pytest.raises(Corrupt, match="cannot be opened"):
         Slot.open(replace(place, path=str(link)))
 
 
@@ -183,19 +182,11 @@ def test_prefaulting_changes_nothing(slot: Slot, monkeypatch: pytest.MonkeyPatch
     np.testing.assert_array_equal(slot.image, image)
 
 
-@pytest.mark.xfail(strict=True, reason="the fallback writes back what it read, over what was written meanwhile")
-def test_prefaulting_leaves_alone_what_others_write(slot: Slot, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An agent that takes over maps slots that their trainers are filling."""
-    copyto, trainer = np.copyto, Slot.open(place)
-
-    def late(to: Any, source: Any) -> None:
-        trainer.image[:] = 1
-        copyto(to, source)
-
+def test_prefaulting_never_writes(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An agent that takes over prefaults slots that their trainers are filling."""
     monkeypatch.setattr(arena, "_MADV_POPULATE_WRITE", 12345)
-    monkeypatch.setattr(np, "copyto", late)
+    slot._bytes.flags.writeable = False
     slot.prefault()
-    assert trainer.image.all()
 
 
 def test_views_outlive_the_mapping(slot: Slot) -> None:
