@@ -32,6 +32,11 @@ from trial import Segment, TrialSpec
 _HERE: Final = Path(__file__).parent
 _TRIAL_TIMEOUT_S: Final = 900.0
 _PEERS: Final = ("torch.save", "dcp", "dcp-staged")
+_LEGEND: Final = """
+iteration: mean over a segment, median over rounds. overhead: against "none" in the same round.
+blocked: of the training thread per snapshot, by a timer around step() and the hook before the next optimizer step: median,
+maximum, and the median of the CPU time in it. compute: one thread multiplies matrices; peers write to local disk.
+"""
 _UNITS: Final = {"kB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -192,11 +197,16 @@ def main() -> int:
     """Measure and print. A missed target is a finding, not an error: the exit code is 0."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that everything is cleared away
     plan, as_json = _plan(sys.argv[1:])
+    load_before = os.getloadavg()[0]
     measured = Bench(plan).run()
     verdicts = [judge(size) for size in measured]
+    machine = (
+        f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}; load average {load_before:.1f} before, "
+        f"{os.getloadavg()[0]:.1f} after"
+    )
     if as_json:
         document = {
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}",
+            "machine": machine,
             "plan": asdict(plan),
             "sizes": [
                 {**asdict(size), "targets": [asdict(v) for v in found]}
@@ -205,6 +215,7 @@ def main() -> int:
         }
         print(json.dumps(document))
     else:
+        print(f"{machine}\n{_LEGEND}")
         for size in measured:
             show(size)
     return 0

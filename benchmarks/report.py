@@ -201,7 +201,7 @@ def _memory(measured: Measured) -> Iterator[Verdict]:
 def show(measured: Measured) -> None:
     """Print everything about one size."""
     print(f"\n== {measured.state_bytes / 1e6:.0f} MB in {measured.tensors} tensors, {len(measured.rounds)} rounds ==\n")
-    print(_row("mode every contender", "iteration", "overhead", "blocked", "(max)", "(cpu)", "taken", "skipped"))
+    print(_row("mode every contender", "iteration", "overhead", "blocked", "(max)", "(cpu)", "taken") + "  skipped")
     contenders = list(dict.fromkeys(c for done in measured.rounds for c in sorted(done, key=_order)))
     for mode, every in CASES:
         for contender in contenders:
@@ -238,8 +238,7 @@ def _case_row(what: str, found: Case) -> str:
         "" if found.overhead is None else f"{found.overhead:+.1%}",
         *blocked,
         str(found.taken),
-        ", ".join(f"{count} {reason}" for reason, count in found.skipped.items()),
-    )
+    ) + "".join(f"  {count} {reason}" for reason, count in found.skipped.items())
 
 
 def _details(measured: Measured) -> Iterator[str]:
@@ -264,7 +263,7 @@ def _details(measured: Measured) -> Iterator[str]:
             f"limit: torch.Tensor.copy_ of {bandwidths[0]['limit_bytes'] / 1e6:.0f} MB between resident buffers: "
             f"{_gbs(limit)} on one thread, {_gbs(every_thread)} on {os.cpu_count()}"
         )
-        yield "restore into the live model: " + _stages([s for b in bandwidths for s in b["restore_split_s"]])
+        yield "restore into the live model: " + _restore_stages([s for b in bandwidths for s in b["restore_split_s"]])
         yield f"attach: {_ms(median(r['attach_s'] for r in measured.results('holdfast')))}"
     yield from _restarts(measured)
 
@@ -279,13 +278,32 @@ def _restarts(measured: Measured) -> Iterator[str]:
         yield f"  the restore alone, into an optimizer without state: {_gbs(measured.state_bytes / restore_s)}"
 
 
+def _restore_stages(splits: Iterable[dict[str, float]]) -> str:
+    """Medians by stage, with what they consist of, and what no stage explains."""
+    found = _medians(splits)
+    parts = {"prepare": ("open the images", "plan"), "verify and copy": ("checksums",)}
+    inner = {part for names in parts.values() for part in names}
+    outer = [stage for stage in found if stage not in inner and stage != "all"]
+    texts = [
+        f"{stage} {_ms(found[stage])}"
+        + "".join(f" (of which {part} {_ms(found[part])})" for part in parts.get(stage, ()) if part in found)
+        for stage in outer
+    ]
+    rest_s = found["all"] - sum(found[stage] for stage in outer)
+    return f"{_ms(found['all'])}: " + ", ".join([*texts, f"rest {_ms(rest_s)}"])
+
+
 def _stages(splits: Iterable[dict[str, float]]) -> str:
+    return ", ".join(f"{stage} {_ms(seconds)}" for stage, seconds in _medians(splits).items())
+
+
+def _medians(splits: Iterable[dict[str, float]]) -> dict[str, float]:
     """Medians by stage."""
     stages: dict[str, list[float]] = {}
     for split in splits:
         for stage, seconds in split.items():
             stages.setdefault(stage, []).append(seconds)
-    return ", ".join(f"{stage} {_ms(median(seconds))}" for stage, seconds in stages.items())
+    return {stage: median(seconds) for stage, seconds in stages.items()}
 
 
 def _ms(seconds: float) -> str:

@@ -193,7 +193,7 @@ class Trial:
                 holdfast.ckpt.restore()
             result["restore"].append(nbytes / (holdfast.ckpt.stats().restore_s or float("inf")))
             result["restore_limit"].append(statistics.mean((before, limit.measure(threads=1))))
-            result["restore_split_s"].append(split.seconds)
+            result["restore_split_s"].append({"all": holdfast.ckpt.stats().restore_s, **split.seconds})
         return result
 
 
@@ -247,21 +247,21 @@ class Split:
     """Where a restore's time goes, by timers around functions of the package; those it no longer has are left out.
 
     Attributes:
-        seconds: by stage. ``checksums`` is part of ``verify and copy``, summed over its threads.
+        seconds: by stage. Opening and planning are part of ``prepare``; ``checksums``, summed over the threads that
+            compute them, of ``verify and copy``.
     """
 
     _STAGES: Final = {
-        "ask the agent": ("holdfast.hooks.checkpointer", "gather_inventories"),
         "open the images": ("holdfast.hooks.restore", "SourceImage"),
         "plan": ("holdfast.hooks.restore", "assemble"),
         "verify and copy": ("holdfast.hooks.restore", "apply"),
         "checksums": ("holdfast.snapshot.live", "crc32c_at"),
     }
     _METHODS: Final = {
-        "open, look up, plan": ("holdfast.hooks.restore", "Restorer", "_prepare"),
+        "begin a run": ("holdfast.hooks.checkpointer", "Checkpointer", "_begin_run"),
+        "prepare": ("holdfast.hooks.restore", "Restorer", "_prepare"),
         "values": ("holdfast.hooks.restore", "Restorer", "_finish"),
         "compare": ("holdfast.hooks.restore", "Restorer", "_compare"),
-        "begin a run": ("holdfast.hooks.checkpointer", "Checkpointer", "_begin_run"),
     }
 
     def __init__(self) -> None:

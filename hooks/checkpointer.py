@@ -285,8 +285,9 @@ class Checkpointer:
             The restored step, or None if this job has no snapshot that was ever complete.
 
         Raises:
-            SnapshotLost: there was one, and it cannot be had any more; says what is missing.
             LayoutMismatch: the snapshot is of another model, optimizer or number of ranks; nothing is changed.
+            SnapshotLost: there was one, and it cannot be had any more; says what is missing. If that only turned out while
+                it was read, the state is partly overwritten, as after all of these:
             Corrupt, PeerFailed, DeadlinePassed, RestoreDiverged: the state is partly overwritten; do not train on it.
         """
         began_s = time.perf_counter()

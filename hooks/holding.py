@@ -24,6 +24,7 @@ from ..snapshot.slots import Event, SlotState, Stage, find, overwritable
 _log = logging.getLogger(__name__)
 _RETRY_FROM_S: Final = 0.05
 _RETRY_UP_TO_S: Final = 2.0
+_ROOM_BYTES: Final = 256 << 10
 _NEVER: Final = 1 << 62  # no image is that large
 
 
@@ -252,7 +253,8 @@ class Holding:
         self._states[index] = self._states[index].after(Event.OUTGROWN)
         self._unmapping(slot)
         slot.close()
-        larger = (max(image_bytes, slot.place.image_bytes), max(table_bytes, slot.place.table_bytes))
+        roomy = image_bytes + image_bytes // 20 + _ROOM_BYTES  # values that grow do so again
+        larger = (max(roomy, slot.place.image_bytes), max(table_bytes, slot.place.table_bytes))
         self._hello.image_bytes, self._hello.table_bytes = larger
         _log.info("slot %d of rank %d grows to %d bytes", index, self._rank, larger[0])
         self._send(wire.FromTrainer(grow=wire.Grow(slot=index, image_bytes=larger[0], table_bytes=larger[1])))

@@ -86,8 +86,10 @@ class Samples:
     Writes through ``tensor.data`` do not count up versions; swapping averaged weights in and out is written that way.
     """
 
-    def __init__(self, pieces: Sequence[tuple[str, int, int, int]]) -> None:
-        """*pieces*: name, address of the tensor's bytes, byte in the image (or 0), number of bytes."""
+    def __init__(self, pieces: Sequence[tuple[str, int, int, int]], alive: Sequence[torch.Tensor]) -> None:
+        """*pieces*: name, address of the tensor's bytes, byte in the image (or 0), number of bytes. *alive*: their tensors,
+        whose storage of now is kept, whatever they get later."""
+        self._alive = [tensor.detach() for tensor in alive]
         middles = [max(nbytes - _SAMPLE_BYTES, 0) // 2 for _, _, _, nbytes in pieces]
         lengths = [min(nbytes, _SAMPLE_BYTES) for _, _, _, nbytes in pieces]
         self.names = [name for name, _, _, _ in pieces]
@@ -179,8 +181,8 @@ def bind(layout: Layout, survey: Survey, pinned_eager: Iterable[str] = (), share
         tensors,
         tuple(watched),
         _places(survey),
-        Samples(pieces),
-        Samples(alike),
+        Samples(pieces, [tensor for tensor, _ in lazy]),
+        Samples(alike, [items[name].tensor for name in shared]),
     )
 
 

@@ -7,7 +7,6 @@ import stat
 from pathlib import Path
 
 import pytest
-from holdfast.agent import settings
 from holdfast.agent.settings import NodeSettings, check_owner, default_job, job_hash, prepare_folder
 from holdfast.errors import AgentUntrusted, ConfigError
 

@@ -411,13 +411,16 @@ def test_swapped_storage_is_followed(shared: Node) -> None:
             ticket = ckpt.snapshot(step)
             _swap(loop.model)
             loop.model[2].running_mean.data = torch.randn(8)  # type: ignore[index]
-            if step > 2:  # until the exchange of storage is known as a habit, it costs the snapshot
+            try:
                 ckpt.wait(ticket)
+                kept = step, wanted
+            except SnapshotSkipped:  # until the exchange of storage is known as a habit, it costs the snapshot
+                assert step < 8
         skipped = dict(ckpt.stats().skipped)
         assert set(skipped) <= {"torn", "new-layout"}
         assert sum(skipped.values()) <= 4
     step_back, found = restored(shared)
-    assert (step_back, found.bits()) == (8, wanted)
+    assert (step_back, found.bits()) == kept
 
 
 def test_a_torn_copy_costs_only_itself(shared: Node) -> None:

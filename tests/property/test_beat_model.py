@@ -925,7 +925,7 @@ def run(make: Callable[[], World], events: Schedule, then: Callable[[World], obj
 
 SHAPES = [(1, 2, 0), (2, 2, 0), (2, 2, 1), (2, 3, 0), (3, 2, 1), (3, 3, 2), (4, 2, 0)]  # ranks, slots, skew
 SHAPE_IDS = [f"{ranks}-ranks-{slots}-slots-{skew}-skew" for ranks, slots, skew in SHAPES]
-# Steps without faults within which a snapshot becomes known complete; the worst of 3000 schedules took 9.
+# Steps without faults within which a snapshot becomes known complete; the worst of 3000 schedules took 10.
 LIVELY = 12
 STALE_DIGEST = pytest.mark.xfail(
     strict=True, reason="a rank without the newest snapshot compares the digest of an older one"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -196,6 +198,26 @@ def test_a_share_of_the_rows_is_copied(slot: Slot, copier: CpuCopier) -> None:
             assert torch.equal(view_of(slot, part, placed.offset), part)
             rows[piece.name] += piece.rows
     assert rows == {name: tensor.shape[0] if tensor.ndim else 1 for name, tensor in live.items()}
+
+
+def test_samples_outlive_the_storage_they_were_taken_from() -> None:
+    """A weight that another rank copies gets other storage, and the old is unmapped: sampling it must not kill training."""
+    code = """
+import torch
+from torch import nn
+from holdfast.snapshot.capture import bind
+from holdfast.snapshot.layout import Layout
+from holdfast.snapshot.state import TrainingState
+model = nn.Module()
+model.theirs, model.ours = nn.Parameter(torch.zeros(40_000_000)), nn.Parameter(torch.zeros(4))
+survey = TrainingState({"": model}, {}, {}).survey()
+layout = Layout.of(1, [item.slice for item in survey.items if item.slice.name == "model.ours"])
+binding = bind(layout, survey, (), ["model.ours", "model.theirs"])
+model.theirs.data = torch.ones(4)
+binding.shared.take()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_fence_has_a_deadline_and_tells_what_failed(slot: Slot) -> None:
