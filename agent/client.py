@@ -100,6 +100,7 @@ class Attachment:
         self._lost = lost
         self._outbox: queue.SimpleQueue[wire.FromTrainer | None] = queue.SimpleQueue()
         self._closing = False
+        self.ended = False  # the stream is no more
         self._what = f"Attach of rank {hello.rank} to the agent at {settings.socket}"
         self._channel = grpc.insecure_channel(_own_socket(settings), options=_OPTIONS)
         call: grpc.StreamStreamMultiCallable[Any, Any] = self._channel.stream_stream(
@@ -162,6 +163,7 @@ class Attachment:
             reason = AgentError(f"{self._what}: {error!r}")
         self._outbox.put(None)
         self._channel.close()
+        self.ended = True  # before it is told: who takes this on later must see it
         if not self._closing:
             self._lost(self, reason)
 

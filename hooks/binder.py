@@ -48,7 +48,7 @@ class Binder:
     @property
     def started(self) -> bool:
         """Whether a layout was ever asked for."""
-        return self._binding is not None or self.pending
+        return self._binding is not None or self.pending or self._stale
 
     def begin(self, when: int) -> None:
         """Survey the state and begin the exchange. Collective; reads all bytes that are shared with replicas.
@@ -148,6 +148,7 @@ class Binder:
         """The state was replaced (restore): start over."""
         self._binding = None
         self._exchange = None
+        self._stale = False
 
     def forget_slot(self, slot: Slot) -> None:
         """Let go of the views into a slot's memory."""

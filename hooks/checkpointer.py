@@ -171,7 +171,7 @@ class Checkpointer:
         self._reported_s = -_REPORT_EVERY_S
         self._stall_s = 0.0
         self._objection = ""
-        self._digest: int | None = None
+        self._digest: tuple[int, int] | None = None
         with ExitStack() as undo:
             undo.callback(self._ranks.close)
             self._set_up(undo, _by_name(model), _by_name(optimizer), extras or {}, slots)
@@ -406,7 +406,7 @@ class Checkpointer:
         capture = Capture(binding, self._copier, lambda: self._binder.still_true(binding))
         self._flight = _Flight(id, capture)
         capture.start(slot, lambda seconds: self._copied(id, binding, image_bytes, seconds))
-        self._digest = capture.digest
+        self._digest = None if capture.digest is None else (id.step, capture.digest)
         return None
 
     def _copied(self, id: SnapshotId, binding: Binding, image_bytes: int, seconds: float) -> None:

@@ -306,6 +306,8 @@ class Holding:
         with self._changed:
             if self._closed:
                 raise AgentUnreachable("this trainer has detached meanwhile")
+            if attachment.ended:
+                raise AgentUnreachable("the agent went away while its slots were being mapped")
             for index, slot in enumerate(fresh):
                 if slot is not None:
                     self._adopt(index, slot)
@@ -351,6 +353,7 @@ class Holding:
         if not failed.nonce:
             self._refused_bytes = self._hello.image_bytes
             if failed.HasField("left"):
+                self._hello.image_bytes, self._hello.table_bytes = failed.left.image_bytes, failed.left.table_bytes
                 self._grown(place_of(failed.left, self._rank))
             return
         with self._changed:

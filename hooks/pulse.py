@@ -31,14 +31,15 @@ class Standing:
         able: no objection to a snapshot.
         relayout: the state's structure has changed.
         busy_us: duration of the running step so far, in microseconds.
-        digest: of what this rank's replicas should share with it, sampled with the newest snapshot; None if unknown.
+        digest: the newest step that this rank has begun to copy, and the digest of what all ranks should hold alike, sampled
+            then; None if there is none.
     """
 
     held: Mapping[int, bool]
     able: bool
     relayout: bool
     busy_us: int
-    digest: int | None = None
+    digest: tuple[int, int] | None = None
 
 
 class Pulse:
@@ -120,6 +121,8 @@ class Pulse:
     def _facts(self, standing: Standing) -> Facts:
         owed = [step for step in self.agreed.outstanding if step not in standing.held]
         newest = max([self.agreed.watermark, *self.agreed.outstanding])
+        # Only samples of the same step can be compared: a rank that missed the newest one has none.
+        digest = standing.digest[1] if standing.digest is not None and standing.digest[0] == newest else UNKNOWN
         return Facts(
             first_beat=self._ordinal,
             last_beat=self._ordinal,
@@ -130,6 +133,6 @@ class Pulse:
             able=standing.able,
             relayout=standing.relayout,
             busy_us=standing.busy_us,
-            low_digest=UNKNOWN if standing.digest is None else standing.digest,
-            high_digest=UNKNOWN if standing.digest is None else standing.digest,
+            low_digest=digest,
+            high_digest=digest,
         )

@@ -16,8 +16,9 @@ def share(slices: Sequence[Slice], rank: int) -> list[Slice]:
     """The slices that *rank* copies of the state it holds, in order.
 
     Slices without ``members`` are kept whole. The slices of one member group are laid end to end and cut into one equal
-    part per member, each cut moved to the nearest row boundary: shares differ by at most one row. Every rank must pass
-    its group's slices in the same order; then the shares of all members are disjoint and cover everything.
+    part per member, each cut moved to the nearest row boundary: each share is within one row (and a byte) of its fair
+    part. Every rank must pass its group's slices in the same order; then the shares of all members are disjoint and
+    cover everything.
     """
     totals: dict[tuple[int, ...], int] = {}
     for piece in slices:
