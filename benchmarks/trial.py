@@ -258,7 +258,7 @@ class Split:
         "checksums": ("holdfast.snapshot.live", "crc32c_at"),
     }
     _METHODS: Final = {
-        "begin a run": ("holdfast.hooks.checkpointer", "Checkpointer", "_begin_run"),
+        "ask the agents": ("holdfast.hooks.checkpointer", "Checkpointer", "_begin_run"),
         "prepare": ("holdfast.hooks.restore", "Restorer", "_prepare"),
         "values": ("holdfast.hooks.restore", "Restorer", "_finish"),
         "compare": ("holdfast.hooks.restore", "Restorer", "_compare"),

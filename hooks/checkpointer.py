@@ -300,7 +300,7 @@ class Checkpointer:
         if chosen is not None:
             for id in self._holding.discard_newer(chosen):
                 _log.info("discarded %s: the job went back to %s", id, chosen)
-            self._begin_run(chosen)
+            self._go_on_from(chosen, chosen)
         self._stats.restore_s = time.perf_counter() - began_s
         return chosen.step if chosen else None
 
@@ -403,7 +403,7 @@ class Checkpointer:
             )
         self._holding.describe(binding.layout.number, binding.text)
         encoded.write_into(slot.image[offset:])
-        capture = Capture(binding, self._copier, lambda: self._binder.still_true(binding))
+        capture = Capture(binding, self._copier, id.step, lambda: self._binder.still_true(binding))
         self._flight = _Flight(id, capture)
         capture.start(slot, lambda seconds: self._copied(id, binding, image_bytes, seconds))
         self._digest = None if capture.digest is None else (id.step, capture.digest)
@@ -494,7 +494,7 @@ class Checkpointer:
 
     # -- runs --------------------------------------------------------------------------------------------------------
 
-    def _begin_run(self, restored: SnapshotId | None = None) -> Found:
+    def _begin_run(self) -> Found:
         """Agree on a new run, younger than anything held anywhere; returns what is held. Collective."""
         wait_s = self._deadlines.restore
         reply = together(self._ranks, "asking the agents", wait_s, lambda: self._holding.inventory(wait_s))
@@ -503,10 +503,12 @@ class Checkpointer:
         self._run = names[0].decode()
         self._generation = 1 + max((held.id.generation for held in found.images), default=0)
         # What the job would go back to until this run has a complete snapshot of its own; never overwritten before.
-        self._floor = (
-            restored or plan(found.images, self._ranks.world).chosen or max(self._holding.held(), default=None)
-        )
-        self._restored = restored
+        self._go_on_from(None, plan(found.images, self._ranks.world).chosen or max(self._holding.held(), default=None))
+        return found
+
+    def _go_on_from(self, restored: SnapshotId | None, floor: SnapshotId | None) -> None:
+        """This run's first step comes after *restored*; *floor* must not be overwritten before it has its own snapshot."""
+        self._restored, self._floor = restored, floor
         self._digest = None
         self._pulse = Pulse(
             self._ranks,
@@ -515,7 +517,6 @@ class Checkpointer:
             dropped=self._dropped,
             relayout=self._lay_out,
         )
-        return found
 
     def _interrupt_run(self) -> None:
         """Leave the run in the middle; what is held has changed since it began. Collective.

@@ -75,8 +75,10 @@ class Holding:
         self._states: list[SlotState] = []
         self._slots: list[Slot] = []
         self._flights: dict[int, _Flight] = {}
+        self._nonce: int | None = None  # of the next flight
         self._refused_bytes = _NEVER
         self._layout: wire.FromTrainer | None = None
+        self._layout_text = b""
         self._attachment: Attachment | None = None
         self._closed = False
         self._hello = hello(
@@ -118,7 +120,8 @@ class Holding:
             if not slot.place.holds(table_bytes, image_bytes):
                 self._grow(index, image_bytes, table_bytes)
                 return None
-            flight = _Flight(new_nonce(), keep.step if keep is not None and keep.run == id.run else NONE)
+            nonce, self._nonce = self._nonce or new_nonce(), None
+            flight = _Flight(nonce, keep.step if keep is not None and keep.run == id.run else NONE)
             reach("capture.before-open")
             slot.unseal_to_fill()
             reach("capture.opened")
@@ -129,7 +132,8 @@ class Holding:
     def describe(self, number: int, text: bytes) -> None:
         """Tell the agent of a layout, before the first image that has it."""
         with self._changed:
-            if self._layout is None or self._layout.layout.text != text:
+            if text is not self._layout_text:
+                self._layout_text = text
                 self._layout = wire.FromTrainer(layout=wire.LayoutText(number=number, text=text))
                 self._send(self._layout)
 
@@ -147,6 +151,7 @@ class Holding:
             )  # fmt: skip
             flight.copied = wire.FromTrainer(copied=copied)
             self._send(flight.copied)
+            self._nonce = self._nonce or new_nonce()  # drawn ahead: the training thread need not ask the system for it
 
     def fenced(self, id: SnapshotId) -> None:
         """The copy is exact. With the agent's record, written before or after this, the snapshot is sealed."""

@@ -210,7 +210,7 @@ class Restorer:
 
     def _compare(self, shared: frozenset[str]) -> None:
         """Replicas must hold the same bytes now. Raises ``RestoreDiverged`` otherwise. Collective."""
-        items = [item for item in self._state.survey().items if item.slice.members and item.slice.name in shared]
+        items = [i for i in self._state.survey().items if i.slice.members and i.slice.name in shared] if shared else []
         said = json.dumps(sums(items)).encode()
         gathered = [json.loads(part) for part in self._ranks.gather(said, "comparing restored state", self._timeout_s)]
         if split := disagreeing(gathered, {item.slice.members for item in items}):

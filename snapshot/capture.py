@@ -9,8 +9,8 @@ the background while the next forward and backward run. Three calls, in order, o
 
 A tensor that merely gets other storage in between (``p.data = …``) is not torn: what is copied is the storage it had.
 
-A write through ``tensor.data`` does not count up the version. On the CPU samples of every tensor, taken before and compared
-with what was copied, notice such writes as long as they touch the sampled bytes; on CUDA devices they go unnoticed.
+A write through ``tensor.data`` does not count up the version. On the CPU samples, taken before and compared with what was
+copied, notice such writes as long as they touch the sampled bytes; on CUDA devices they go unnoticed.
 """
 
 from __future__ import annotations
@@ -35,12 +35,16 @@ from ..errors import DeadlinePassed, StateRefused
 from .arena import Slot
 from .layout import Layout, Slice
 from .state import Item, Survey
-from .vectored import Regions, copy, regions
+from .vectored import Regions
 
 # Larger contiguous tensors are copied by the C library, which streams past the cache: as fast on one thread as torch's
 # copy on two. Smaller ones go all in one call, which saves the round trips.
 _STREAM_FROM_BYTES: Final = 1 << 20
 _SAMPLE_BYTES: Final = 64
+# A cold read costs the training thread more than a microsecond, so that many tensors are sampled per snapshot, others next time.
+_SAMPLED_AT_ONCE: Final = 32
+# CPU tensors of up to so many bytes are copied at once: looking twice at a version costs more than that.
+_TINY_BYTES: Final = 64
 _PIECE_BYTES: Final = 64 << 20  # between pieces, the copying thread can be seen to make progress
 
 _version = attrgetter("_version")
@@ -57,7 +61,7 @@ class Parts:
         self._alive = [tensor for tensor, _ in parts]
         self.streamed = [(t.data_ptr(), o, t.nbytes) for t, o in plain if t.nbytes >= _STREAM_FROM_BYTES]
         small = [(t.data_ptr(), o, t.nbytes) for t, o in plain if t.nbytes < _STREAM_FROM_BYTES]
-        self._small = regions([address for address, _, _ in small], [nbytes for _, _, nbytes in small])
+        self._small = Regions([address for address, _, _ in small], [nbytes for _, _, nbytes in small])
         self._small_offsets = np.array([offset for _, offset, _ in small], np.uint64)
         self.others = [(t, o) for t, o in parts if t.device.type != "cpu" or not t.is_contiguous()]
         self.other_tensors = [tensor for tensor, _ in self.others]
@@ -65,7 +69,7 @@ class Parts:
 
     def copy_small(self, base: int) -> None:
         """Copy all small parts into the image at address *base*."""
-        copy(_shifted(self._small_offsets, self._small, base), self._small)
+        self._small.moved_to(self._small_offsets + np.uint64(base)).copy_from(self._small)
 
     def views(self, slot: Slot) -> list[torch.Tensor]:
         """Where the others go: tensors over the slot's image, made once per slot, since that takes longer than
@@ -83,39 +87,65 @@ class Parts:
 class Samples:
     """A few bytes from the middle of each of many tensors: cheap to take, and telling when something has been changed.
 
-    Writes through ``tensor.data`` do not count up versions; swapping averaged weights in and out is written that way.
+    Writes through ``tensor.data`` do not count up versions; swapping averaged weights in and out is written that way. With
+    more than ``_SAMPLED_AT_ONCE`` tensors, each *turn* (any number that grows with the snapshots) samples its share of them.
     """
 
     def __init__(self, pieces: Sequence[tuple[str, int, int, int]], alive: Sequence[torch.Tensor]) -> None:
         """*pieces*: name, address of the tensor's bytes, byte in the image (or 0), number of bytes. *alive*: their tensors,
         whose storage of now is kept, whatever they get later."""
         self._alive = [tensor.detach() for tensor in alive]
+        turns = -(-len(pieces) // _SAMPLED_AT_ONCE)
+        self._shares = [_Share.of(pieces[turn::turns]) for turn in range(turns)]
+
+    def take(self, turn: int) -> npt.NDArray[np.uint8] | None:
+        """The samples as they are in the live tensors; ``uint8[tensors, 64]``, short ones padded with zeros, borrowed until
+        the next call. None if there is nothing to sample."""
+        share = self._share(turn)
+        if share is None:
+            return None
+        share.into.copy_from(share.sources)
+        return share.taken
+
+    def altered(self, turn: int, base: int) -> list[str]:
+        """The tensors whose samples in the image at address *base* are not what *turn* took."""
+        share = self._share(turn)
+        if share is None:
+            return []
+        copied = np.zeros_like(share.taken)
+        places = _rows_of(copied)
+        share.into.moved_to(places).copy_from(share.sources.moved_to(share.offsets + np.uint64(base)))
+        return [share.names[row] for row in np.flatnonzero((copied != share.taken).any(axis=1))]
+
+    def _share(self, turn: int) -> _Share | None:
+        return self._shares[turn % len(self._shares)] if self._shares else None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Share:
+    """The tensors that one turn samples: their names, where the sampled bytes lie, where in the image, where they go."""
+
+    names: list[str]
+    sources: Regions
+    offsets: npt.NDArray[np.uint64]
+    taken: npt.NDArray[np.uint8]
+    into: Regions
+
+    @classmethod
+    def of(cls, pieces: Sequence[tuple[str, int, int, int]]) -> _Share:
         middles = [max(nbytes - _SAMPLE_BYTES, 0) // 2 for _, _, _, nbytes in pieces]
-        lengths = [min(nbytes, _SAMPLE_BYTES) for _, _, _, nbytes in pieces]
-        self.names = [name for name, _, _, _ in pieces]
-        self._sources = regions([p[1] + m for p, m in zip(pieces, middles, strict=True)], lengths)
-        self._offsets = np.array([p[2] + m for p, m in zip(pieces, middles, strict=True)], np.uint64)
-
-    def take(self) -> npt.NDArray[np.uint8]:
-        """The samples as they are in the live tensors; ``uint8[tensors, 64]``, short ones padded with zeros."""
-        return self._take(self._sources)
-
-    def take_copied(self, base: int) -> npt.NDArray[np.uint8]:
-        """The same bytes as they are in the image at address *base*."""
-        return self._take(_shifted(self._offsets, self._sources, base))
-
-    def _take(self, sources: Regions) -> npt.NDArray[np.uint8]:
-        taken = np.zeros((len(sources), _SAMPLE_BYTES), np.uint8)
-        places = taken.ctypes.data + np.arange(len(sources), dtype=np.uint64) * np.uint64(_SAMPLE_BYTES)
-        copy(_shifted(places, sources, 0), sources)
-        return taken
+        sources = Regions(
+            [address + middle for (_, address, _, _), middle in zip(pieces, middles, strict=True)],
+            [min(nbytes, _SAMPLE_BYTES) for _, _, _, nbytes in pieces],
+        )
+        offsets = np.array([p[2] + middle for p, middle in zip(pieces, middles, strict=True)], np.uint64)
+        taken = np.zeros((len(pieces), _SAMPLE_BYTES), np.uint8)
+        return cls([name for name, *_ in pieces], sources, offsets, taken, sources.moved_to(_rows_of(taken)))
 
 
-def _shifted(offsets: npt.NDArray[np.uint64], like: Regions, base: int) -> Regions:
-    """Regions of the lengths of *like* at *base* plus *offsets*."""
-    pieces = like.copy()
-    pieces[:, 0] = offsets + np.uint64(base)
-    return pieces
+def _rows_of(table: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
+    """The address of each row."""
+    return np.uint64(table.ctypes.data) + np.arange(len(table), dtype=np.uint64) * np.uint64(table.strides[0])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,8 +175,8 @@ class Binding:
 def bind(layout: Layout, survey: Survey, pinned_eager: Iterable[str] = (), shared: Iterable[str] = ()) -> Binding:
     """Tie *layout* to the live tensors of *survey*. Names in *pinned_eager* are copied eagerly, whatever they are.
 
-    CPU-resident scalars of a model on another device (AdamW's ``step``) are eager too: their copies cannot be ordered
-    with the other device's stream. *shared* names what all ranks hold alike.
+    Tiny CPU tensors (AdamW's ``step``) are eager, and so are all CPU tensors of a model on another device: their copies
+    cannot be ordered with that device's stream. *shared* names what all ranks hold alike.
     """
     items = {item.slice.name: item for item in survey.items}
     always_eager = frozenset(pinned_eager)
@@ -159,8 +189,8 @@ def bind(layout: Layout, survey: Survey, pinned_eager: Iterable[str] = (), share
             item = items[placed.slice.name]
             if placed.slice.nbytes == 0:
                 continue
-            mixed = len(devices) > 1 and item.tensor.device.type == "cpu"
-            is_lazy = item.lazy and not mixed and placed.slice.name not in always_eager
+            small = item.tensor.device.type == "cpu" and (len(devices) > 1 or item.tensor.nbytes <= _TINY_BYTES)
+            is_lazy = item.lazy and not small and placed.slice.name not in always_eager
             (lazy if is_lazy else eager).append((_rows(item, placed.slice), placed.offset))
             if is_lazy:
                 watched[placed.slice.name] = item.tensor
@@ -310,6 +340,7 @@ class Capture:
 
     binding: Binding
     copier: Copier
+    turn: int = 0  # of the samples
     still_true: Callable[[], bool] = lambda: True  # whether the binding names the tensors that train
     restructured: bool = False
     versions: list[int] = field(default_factory=list)
@@ -319,18 +350,17 @@ class Capture:
     def start(self, slot: Slot, done: Callable[[float], None]) -> None:
         """Copy the eager tensors now and begin with the lazy ones. The slot must be open already."""
         self.versions = list(map(_version, self.binding.watched))
-        before = self.binding.samples.take()
-        if self.binding.shared.names:
-            self.digest = crc32c(self.binding.shared.take())
+        self.binding.samples.take(self.turn)
+        alike = self.binding.shared.take(self.turn)
+        if alike is not None:
+            self.digest = crc32c(alike)
         copy_now(self.binding.eager, slot)
-        self.copier.start(self.binding, slot, lambda: self._compare(slot, before), done)
+        self.copier.start(self.binding, slot, lambda: self._compare(slot), done)
 
-    def _compare(self, slot: Slot, before: npt.NDArray[np.uint8]) -> None:
+    def _compare(self, slot: Slot) -> None:
         """On the copying thread: what was copied must be what was there at the start, and what trains."""
         image = slot.image
-        copied = self.binding.samples.take_copied(int(image.ctypes.data))
-        rows = np.flatnonzero((copied != before).any(axis=1))
-        self.altered = [self.binding.samples.names[row] for row in rows]
+        self.altered = self.binding.samples.altered(self.turn, int(image.ctypes.data))
         self.restructured = not self.still_true()
 
     def fence(self, timeout_s: float) -> None:

@@ -228,7 +228,7 @@ def _parse(text: bytes) -> Node:
 
 
 def _checksum(prefix: bytes, sizes: bytes, text: bytes) -> int:
-    return crc32c(text, crc32c(prefix + sizes))
+    return crc32c(b"".join((prefix, sizes, text)))
 
 
 def _aligned(nbytes: int) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import operator
 import random
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -68,7 +69,8 @@ class Survey:
 
     ``owners`` are the dictionaries in which modules keep their children, parameters and buffers; ``anchors`` is what was
     in them, and in the optimizers. As long as both are the same objects, so are the tensors. ``stateful`` are the modules
-    with extra state. ``plain``: some optimizer keeps state that is no tensor. ``size`` as ``TrainingState.size``.
+    with extra state. ``plain``: some optimizer keeps state that is no tensor; ``loose``: some keeps state for all its
+    parameters together. ``size`` as ``TrainingState.size``.
     """
 
     items: tuple[Item, ...]
@@ -76,6 +78,7 @@ class Survey:
     anchors: tuple[object, ...]
     stateful: Mapping[str, nn.Module]
     plain: bool
+    loose: bool
     size: int
 
 
@@ -146,14 +149,14 @@ class TrainingState:
             tuple(self._anchors(owners, plain)),
             _stateful_modules(self._models),
             plain,
+            any(map(_loose_state, self.optimizers.values())),
             self.size(),
         )
 
     def size(self) -> int:
-        """How many parameters the optimizers train, and how many values their state has: changes when state appears."""
+        """How many parameters the optimizers train, and how many have state: changes when state appears."""
         return sum(
-            sum(map(len, filter(_is_dict, o.state.values()))) + sum(len(group["params"]) for group in o.param_groups)
-            for o in self.optimizers.values()
+            len(o.state) + sum(len(group["params"]) for group in o.param_groups) for o in self.optimizers.values()
         )
 
     def unchanged(self, survey: Survey) -> bool:
@@ -217,7 +220,7 @@ class TrainingState:
         return {
             "groups": {name: [_options(group) for group in o.param_groups] for name, o in self.optimizers.items()},
             "state": self._plain_state() if survey.plain else {},
-            "loose": {name: _loose_state(o) for name, o in self.optimizers.items()},
+            "loose": {name: _loose_state(o) for name, o in self.optimizers.items()} if survey.loose else {},
             "modules": {key: module.get_extra_state() for key, module in survey.stateful.items()},
             "extras": {name: _adapter_of(extra)[0]() for name, extra in self._extras.items()},
             "rng": random_state(),
@@ -249,7 +252,7 @@ class TrainingState:
             for group, entry in zip(optimizer.param_groups, values["groups"][name], strict=True):
                 _set_options(group, entry["options"])
         for name, optimizer in self.optimizers.items():
-            optimizer.state.update(values["loose"][name])
+            optimizer.state.update(values["loose"].get(name, {}))
         for owner in self._owners():
             owner.optimizer.state[owner.parameter].update(values["state"].get(owner.name, {}))
             if not owner.state:
@@ -597,7 +600,7 @@ def random_state() -> dict[str, Any]:
     return {
         "python": _python_state(random),
         "numpy": np.random.get_state(legacy=False),
-        "torch": torch.get_rng_state(),
+        "torch": torch.get_rng_state().numpy(),
         "cuda": cuda,
     }
 
@@ -606,7 +609,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     """Put back what ``random_state`` returned. CUDA devices beyond those that were captured keep their streams."""
     _set_python_state(random, state["python"])
     np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
+    torch.set_rng_state(torch.from_numpy(state["torch"]))
     if state["cuda"] and torch.cuda.is_available():
         for device, generator in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
             torch.cuda.set_rng_state(generator, device)
@@ -614,7 +617,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 def _python_state(source: Any) -> list[Any]:
     version, words, gauss = source.getstate()
-    return [version, np.array(words, np.uint32), gauss]
+    return [version, np.frombuffer(array("I", words), np.uint32), gauss]
 
 
 def _set_python_state(source: Any, state: Sequence[Any]) -> None:

@@ -18,35 +18,47 @@ import numpy.typing as npt
 
 _log = logging.getLogger(__name__)
 _AT_ONCE: Final = 1024  # IOV_MAX
-
-Regions = npt.NDArray[np.uint64]
-"""``uint64[n, 2]``: address and length of n pieces of memory."""
+_PIECE_BYTES: Final = 16  # struct iovec
 
 
-def regions(addresses: Sequence[int], lengths: Sequence[int]) -> Regions:
-    """Pieces of memory; whoever makes them keeps the memory alive."""
-    pieces = np.empty((len(addresses), 2), np.uint64)
-    pieces[:, 0], pieces[:, 1] = addresses, lengths
-    return pieces
+class Regions:
+    """n pieces of memory. Whoever makes them keeps the memory alive.
 
+    Attributes:
+        pieces: ``uint64[n, 2]``, address and length of each.
+    """
 
-def copy(destinations: Regions, sources: Regions) -> None:
-    """Copy each source to the destination of the same index; the lengths must agree, and nothing may overlap."""
-    assert np.array_equal(destinations[:, 1], sources[:, 1])
-    for first in range(0, len(sources), _AT_ONCE):
-        part = slice(first, first + _AT_ONCE)
-        if not _copy_in_kernel(destinations[part], sources[part]):
-            for (to, length), (start, _) in zip(destinations[part].tolist(), sources[part].tolist(), strict=True):
+    __slots__ = ("_address", "_sums", "pieces")
+
+    def __init__(self, addresses: Sequence[int] | npt.NDArray[np.uint64], lengths: Sequence[int]) -> None:
+        self.pieces = np.empty((len(lengths), 2), np.uint64)
+        self.pieces[:, 0], self.pieces[:, 1] = addresses, lengths
+        # What each call needs is worked out once: with cold caches, asking NumPy takes longer than the copy.
+        self._address = int(self.pieces.ctypes.data)
+        self._sums = [sum(lengths[first : first + _AT_ONCE]) for first in range(0, len(lengths), _AT_ONCE)]
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def moved_to(self, addresses: npt.NDArray[np.uint64]) -> Regions:
+        """Pieces of the same lengths at other addresses, ``uint64[n]``."""
+        other = Regions.__new__(Regions)
+        other.pieces = self.pieces.copy()
+        other.pieces[:, 0] = addresses
+        other._address, other._sums = int(other.pieces.ctypes.data), self._sums
+        return other
+
+    def copy_from(self, sources: Regions) -> None:
+        """Copy each piece of *sources*, of which one has been ``moved_to`` from the other, here. Nothing may overlap."""
+        assert self._sums is sources._sums, "pieces of other lengths"
+        for first, nbytes in zip(range(0, len(self), _AT_ONCE), self._sums, strict=True):
+            count, skip = min(_AT_ONCE, len(self) - first), first * _PIECE_BYTES
+            # A call that was cut short is done again by hand: copying twice does no harm.
+            if _read and _read(os.getpid(), self._address + skip, count, sources._address + skip, count, 0) == nbytes:
+                continue
+            part = slice(first, first + count)
+            for (to, length), (start, _) in zip(self.pieces[part].tolist(), sources.pieces[part].tolist(), strict=True):
                 ctypes.memmove(to, start, length)
-
-
-def _copy_in_kernel(destinations: Regions, sources: Regions) -> bool:
-    if _read is None:
-        return False
-    count = len(sources)
-    done = _read(os.getpid(), destinations.ctypes.data, count, sources.ctypes.data, count, 0)
-    # A call that was cut short is done again by hand: copying twice does no harm.
-    return bool(done == int(sources[:, 1].sum()))
 
 
 def _find() -> ctypes._NamedFuncPointer | None:
@@ -59,7 +71,7 @@ def _find() -> ctypes._NamedFuncPointer | None:
     function.argtypes = [ctypes.c_int, pointer, size, pointer, size, size]
     function.restype = ctypes.c_ssize_t
     source, target = np.arange(8, dtype=np.uint8), np.zeros(8, np.uint8)
-    there, here = regions([source.ctypes.data], [8]), regions([target.ctypes.data], [8])
+    there, here = (np.array([at.ctypes.data, 8], np.uint64) for at in (source, target))
     if function(os.getpid(), here.ctypes.data, 1, there.ctypes.data, 1, 0) != 8 or not np.array_equal(source, target):
         _log.info("process_vm_readv is not allowed here; small tensors are copied one by one")
         return None

@@ -409,7 +409,9 @@ class State:
         if self.refuses:
             raise StateRefused("whatever it is")
         box = Slice(f"v{self.version}", "uint8", (8,), (0,), (8,), "cpu", self.members)
-        return Survey((Item(box, self.tensor, self.tensor, lazy=True),), (), (), {}, plain=False, size=self.grown)
+        return Survey(
+            (Item(box, self.tensor, self.tensor, lazy=True),), (), (), {}, plain=False, loose=False, size=self.grown
+        )
 
     def unchanged(self, survey: Survey) -> bool:
         return survey.items[0].slice.name == f"v{self.version}"
@@ -520,7 +522,8 @@ class Rank:
         nonce, true = self.holding.flights[slot].nonce, self.state.unchanged(binding.survey)
         self.copy = Copy(Truth(id, self.step), slot, nonce, true, lambda: self.binder.still_true(binding))
         self.copier.copies.append(self.copy)
-        self.digest = (id.step, crc32c(binding.shared.take())) if binding.shared.names else None
+        samples = binding.shared.take(id.step)
+        self.digest = None if samples is None else (id.step, crc32c(samples))
         self.taken.append(id.step)
 
     def standing(self) -> Standing:
