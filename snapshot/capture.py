@@ -42,7 +42,7 @@ from .vectored import Regions
 _STREAM_FROM_BYTES: Final = 1 << 20
 _SAMPLE_BYTES: Final = 64
 # A cold read costs the training thread more than a microsecond, so that many tensors are sampled per snapshot, others next time.
-_SAMPLED_AT_ONCE: Final = 32
+_SAMPLED_AT_ONCE: Final = 16
 # CPU tensors of up to so many bytes are copied at once: looking twice at a version costs more than that.
 _TINY_BYTES: Final = 64
 _PIECE_BYTES: Final = 64 << 20  # between pieces, the copying thread can be seen to make progress
