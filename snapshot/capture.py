@@ -155,6 +155,7 @@ class Binding:
     Attributes:
         text: the layout's text.
         lazy, eager: what is copied when.
+        staged: eager tensors on a CUDA device, and their copies there, which are among what is copied lazily.
         watched, names: the live tensors behind the lazy copies.
         places: where all live tensors lay when bound, and how.
         samples: of what is copied lazily here (CPU). shared: of what all ranks hold alike, whoever copies it.
@@ -165,6 +166,7 @@ class Binding:
     survey: Survey
     lazy: Parts
     eager: Parts
+    staged: tuple[list[torch.Tensor], list[torch.Tensor]]
     watched: tuple[torch.Tensor, ...]
     names: tuple[str, ...]
     places: tuple[tuple[int, tuple[int, ...]], ...]
@@ -176,13 +178,15 @@ def bind(layout: Layout, survey: Survey, pinned_eager: Iterable[str] = (), share
     """Tie *layout* to the live tensors of *survey*. Names in *pinned_eager* are copied eagerly, whatever they are.
 
     Tiny CPU tensors (AdamW's ``step``) are eager, and so are all CPU tensors of a model on another device: their copies
-    cannot be ordered with that device's stream. *shared* names what all ranks hold alike.
+    cannot be ordered with that device's stream. Eager tensors on the device are copied there, in the order of its stream:
+    waiting for their bytes would be waiting for the step to end. *shared* names what all ranks hold alike.
     """
     items = {item.slice.name: item for item in survey.items}
     always_eager = frozenset(pinned_eager)
     devices = {item.tensor.device.type for item in survey.items if item.lazy}
     lazy: list[tuple[torch.Tensor, int]] = []
     eager: list[tuple[torch.Tensor, int]] = []
+    staged: list[tuple[torch.Tensor, int]] = []
     watched: dict[str, torch.Tensor] = {}
     with torch.no_grad():
         for placed in layout.placed:
@@ -191,10 +195,12 @@ def bind(layout: Layout, survey: Survey, pinned_eager: Iterable[str] = (), share
                 continue
             small = item.tensor.device.type == "cpu" and (len(devices) > 1 or item.tensor.nbytes <= _TINY_BYTES)
             is_lazy = item.lazy and not small and placed.slice.name not in always_eager
-            (lazy if is_lazy else eager).append((_rows(item, placed.slice), placed.offset))
+            on_device = "cuda" in devices and item.tensor.device.type == "cuda"
+            kind = lazy if is_lazy else staged if on_device else eager
+            kind.append((_rows(item, placed.slice), placed.offset))
             if is_lazy:
                 watched[placed.slice.name] = item.tensor
-    tensors = tuple(watched.values())
+        copies = [torch.empty_like(tensor) for tensor, _ in staged]
     lazy_names = [p.slice.name for p in layout.placed if p.slice.name in watched and p.slice.nbytes]
     pieces = [
         (name, tensor.data_ptr(), offset, tensor.nbytes)
@@ -206,9 +212,10 @@ def bind(layout: Layout, survey: Survey, pinned_eager: Iterable[str] = (), share
         layout,
         layout.to_text(),
         survey,
-        Parts(lazy),
+        Parts([*lazy, *((copy, offset) for copy, (_, offset) in zip(copies, staged, strict=True))]),
         Parts(eager),
-        tensors,
+        ([tensor for tensor, _ in staged], copies),
+        tuple(watched.values()),
         tuple(watched),
         _places(survey),
         Samples(pieces, [tensor for tensor, _ in lazy]),
@@ -355,6 +362,9 @@ class Capture:
         if alike is not None:
             self.digest = crc32c(alike)
         copy_now(self.binding.eager, slot)
+        live, copies = self.binding.staged
+        if live:
+            torch._foreach_copy_(copies, live)  # behind the fence of the snapshot before, which read these copies
         self.copier.start(self.binding, slot, lambda: self._compare(slot), done)
 
     def _compare(self, slot: Slot) -> None:

@@ -137,7 +137,7 @@ def test_of_many_tensors_each_is_sampled_in_its_turn(slot: Slot, copier: CpuCopi
     model = nn.ParameterList(torch.zeros(100) for _ in range(70))
     binding, go_on = bound(model), threading.Event()
     named: list[list[str]] = []
-    for turn in range(7, 10):
+    for turn in range(7, 12):
         go_on.clear()
         copier._work.put(lambda: _wait(go_on))
         capture = Capture(binding, copier, turn)
