@@ -360,7 +360,9 @@ class Checkpointer:
                 self._skip(reason)
                 ticket = Ticket(step, reason)
         with self._guard("report"):
-            self._account(step)
+            self._account()
+            if ticket.id is None:
+                self._report(step)
         return ticket
 
     def _start_fresh_or_not(self, step: int) -> None:
@@ -413,6 +415,7 @@ class Checkpointer:
         """On the copying thread: every byte has landed."""
         self._stats.copy_s = seconds
         self._holding.copied(id, binding.layout.number, image_bytes)
+        self._report(id.step)
 
     def _close_window(self) -> None:
         """End the open window: wait for the copy, and keep it only if nothing was touched meanwhile."""
@@ -565,22 +568,25 @@ class Checkpointer:
         unexpected = not isinstance(error, HoldfastError)
         _log.warning("training goes on without this snapshot (%s): %s", what, error, exc_info=unexpected)
 
-    def _account(self, step: int) -> None:
+    def _account(self) -> None:
         """Close the books of one step."""
         self._stats.stall_s.append(self._stall_s)
-        stall_s, self._stall_s = self._stall_s, 0.0
+        self._stall_s = 0.0
         self._step_began_s = time.monotonic()
-        if self._step_began_s - self._reported_s < _REPORT_EVERY_S:
+
+    def _report(self, step: int) -> None:
+        """Figures for the agent now and then; of a snapshot, on the copying thread."""
+        now_s = time.monotonic()
+        if now_s - self._reported_s < _REPORT_EVERY_S:
             return
-        self._reported_s = self._step_began_s
-        own = self._pulse.agreed.watermark
+        self._reported_s = now_s
         self._holding.report(
             wire.Report(
                 step=step,
-                watermark=own,
+                watermark=self._pulse.agreed.watermark,
                 taken=self._stats.taken,
-                skipped=self._stats.skipped,
-                last_stall_s=stall_s,
+                skipped=dict(self._stats.skipped),
+                last_stall_s=self._stats.stall_s[-1] if self._stats.stall_s else 0.0,
                 last_copy_s=self._stats.copy_s,
             )
         )
