@@ -22,7 +22,11 @@ PLACES: Final = frozenset(
         "seal.before-record",  # agent: tables written, record not
         "seal.after-record",  # agent: record written, trainer not told
         "adopt.scanned",  # agent: slots of a predecessor found, none served yet
+        "bulk.first-block",  # sending agent: a stream is admitted, none of its blocks is sent
+        "bulk.mid-stream",  # sending agent: the first block is handed to the kernel, the rest is not
         "attach.reserved",  # agent: a slot file exists, its memory does not yet
+        "parity.before-record",  # agent: parity accumulated and checksummed, not yet recorded
+        "parity.sealed",  # agent: parity counts, nobody told
         "restore.planned",  # trainer: every rank knows the plan, nothing is applied
         "restore.inside-apply",  # trainer: some live tensors are overwritten
         "restore.applied",  # trainer: all is applied, newer leftovers not yet discarded

@@ -7,8 +7,9 @@
     ├── AgentError
     │   ├── AgentUnreachable        no agent answers, or it went away                       retry     5
     │   ├── AgentMismatch           an agent of another version or another job              repair    6
-    │   ├── AgentUntrusted          its socket or folder belongs to somebody else           give up   7
-    │   └── RankTaken               a living trainer already holds this rank                repair    8
+    │   ├── AgentUntrusted          it, or its socket or folder, is not one of ours         give up   7
+    │   ├── RankTaken               a living trainer already holds this rank                repair    8
+    │   └── StreamBroken            a stream of blocks ended early, or was not as agreed    retry    18
     ├── DeadlinePassed              a wait ended without what it waited for                 retry     9
     ├── SnapshotError
     │   ├── SnapshotSkipped         this snapshot was not taken, or was discarded           retry    10
@@ -17,7 +18,8 @@
     │   ├── SnapshotLost            a snapshot existed, and can no longer be had            give up  13
     │   ├── Corrupt                 bytes do not match their checksum                       repair   14
     │   ├── LayoutMismatch          the live model and the snapshot differ                  repair   15
-    │   └── RestoreDiverged         ranks that must agree hold different bytes              give up  16
+    │   ├── RestoreDiverged         ranks that must agree hold different bytes              give up  16
+    │   └── SourceGone              a peer no longer holds the bytes it was asked for       give up  19
     └── PeerFailed                  another rank could not do its part                      repair   17
 
 The number is the exit code of the command line for that kind of failure.
@@ -84,7 +86,8 @@ class AgentMismatch(AgentError):
 
 
 class AgentUntrusted(AgentError):
-    """The agent's socket or folder belongs to another user, or others may write to it."""
+    """The agent's socket or folder belongs to another user, or others may write to it; or TLS: it, or we, lack a
+    certificate that the other accepts."""
 
     exit_code = 7
 
@@ -94,6 +97,13 @@ class RankTaken(AgentError):
 
     remedy = Remedy.REPAIR
     exit_code = 8
+
+
+class StreamBroken(AgentError):
+    """A stream of blocks from another agent ended early, or carried something else than was agreed."""
+
+    remedy = Remedy.RETRY
+    exit_code = 18
 
 
 class DeadlinePassed(HoldfastError):
@@ -151,6 +161,12 @@ class RestoreDiverged(SnapshotError):
     """After a restore, ranks that must hold the same bytes do not. Nothing restored may be trained on."""
 
     exit_code = 16
+
+
+class SourceGone(SnapshotError):
+    """Another agent no longer holds the bytes that it was asked for: their slot has been filled anew."""
+
+    exit_code = 19
 
 
 class PeerFailed(HoldfastError):

@@ -13,6 +13,7 @@ from ..errors import HoldfastError
 
 _COMMANDS: Final = {
     "agent": (".agent", "agent", "Run this node's agent in the foreground."),
+    "certs": (".certs", "certs", "Make a private CA and certificates for agents."),
     "demo": (".demo.command", "demo", "Train, kill, restart, and prove that nothing was lost."),
     "inspect": (".inspect", "inspect", "Show the tensors of one snapshot."),
     "ls": (".ls", "ls", "List the snapshots that are held."),
