@@ -225,24 +225,12 @@ def checksums_right(candidate: Checksums) -> bool:
 def parity_right(candidate: Parity) -> bool:
     """Whether *candidate* agrees with ``galois`` on short and long, aligned and unaligned input, and keeps to its targets.
 
-    Vector code has a path of its own for what is shorter than a vector, for what is left at the end, and for every small
-    number of rows: all of them are tried.
+    Vector code has paths of its own for what is shorter than a vector, for what is left at the end, and for every small number
+    of rows: all of them are tried.
     """
     sources = (np.arange(3 * 1100, dtype=np.uint32) * 0x9E3779B1 >> 24).astype(np.uint8).reshape(3, 1100)
     matrix = (np.arange(7 * 3) * 37 + 1).astype(np.uint8).reshape(7, 3)
-    for start, nbytes in (
-        (0, 1),
-        (1, 15),
-        (0, 16),
-        (3, 31),
-        (0, 32),
-        (5, 63),
-        (0, 64),
-        (1, 95),
-        (7, 300),
-        (0, 1024),
-        (9, 1077),
-    ):
+    for start, nbytes in enumerate((1, 15, 16, 31, 32, 63, 64, 95, 300, 1024, 1077)):
         part = sources[:, start : start + nbytes]
         addresses = [row.ctypes.data for row in part]
         for rows in range(1, len(matrix) + 1):
