@@ -27,6 +27,8 @@ PLACES: Final = frozenset(
         "attach.reserved",  # agent: a slot file exists, its memory does not yet
         "parity.before-record",  # agent: parity accumulated and checksummed, not yet recorded
         "parity.sealed",  # agent: parity counts, nobody told
+        "rebuild.begun",  # agent: a lost image is about to be computed
+        "rebuild.verified",  # agent: computed and verified, not yet sealed
         "restore.planned",  # trainer: every rank knows the plan, nothing is applied
         "restore.inside-apply",  # trainer: some live tensors are overwritten
         "restore.applied",  # trainer: all is applied, newer leftovers not yet discarded

@@ -7,22 +7,24 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from ..crashpoints import reach
-from ..erasure.kernel import BLOCK_BYTES, crc32c
+from ..erasure.kernel import crc32c
 from ..errors import BudgetExceeded, ConfigError, Corrupt, SnapshotUnknown
 from ..snapshot.arena import Place, Slot, place_for, scan
 from ..snapshot.layout import Layout
-from ..snapshot.record import Record
+from ..snapshot.record import OPEN_WORD, Record, SnapshotId, block_bytes_for, new_nonce
 from ..snapshot.recovery import Held
 from .budget import Memory
+from .guard import Cell, Stage
+from .manifest import CellTable, Manifest
 from .protocol import Flight
 from .settings import NodeSettings, job_hash
 
@@ -60,6 +62,8 @@ class Arenas:
         self._limit_bytes = limit_bytes
         self._memory = memory
         self._slots: dict[tuple[int, int], Slot] = {}
+        self._cells: dict[tuple[int, int], Slot] = {}  # by lane and index
+        self._cell_shape = (0, 0)  # lanes, and cells of each, as reserved last
         self._job = job_hash(settings.job)
         self.foreign: list[str] = []
         # Checksums release the GIL; more threads than this gain nothing over memory bandwidth.
@@ -72,7 +76,7 @@ class Arenas:
         places, self.foreign = scan(self._settings.shm)
         for place in places:
             slot = Slot.open(place)
-            self._slots[place.rank, place.index] = slot
+            (self._cells if place.parity else self._slots)[place.rank, place.index] = slot
             record = slot.sealed_record()
             if record is not None and record.job != self._job:
                 raise ConfigError(
@@ -149,15 +153,20 @@ class Arenas:
         return divided and (slot.word != 0 or slot.place.holds(place.table_bytes, place.image_bytes))
 
     def _make(self, place: Place) -> None:
-        old = self._slots.pop((place.rank, place.index), None)
+        mapped = self._mapped(place)
+        old = mapped.pop((place.rank, place.index), None)
         if old is not None:  # its memory goes first: the budget has no room for both
             old.close()
             Path(old.place.path).unlink(missing_ok=True)
-        self._slots[place.rank, place.index] = Slot.create(place)
+        mapped[place.rank, place.index] = Slot.create(place)
 
-    def _check_budget(self, missing: Iterable[Place]) -> None:
+    def _mapped(self, place: Place) -> dict[tuple[int, int], Slot]:
+        return self._cells if place.parity else self._slots
+
+    def _check_budget(self, missing: Sequence[Place]) -> None:
         new = sum(place.file_bytes for place in missing)
-        freed = sum(self._slots[p.rank, p.index].place.file_bytes for p in missing if (p.rank, p.index) in self._slots)
+        old = (self._mapped(place).get((place.rank, place.index)) for place in missing)
+        freed = sum(slot.place.file_bytes for slot in old if slot is not None)
         if new <= freed:
             return
         after = self.reserved_bytes - freed + new
@@ -178,7 +187,7 @@ class Arenas:
         """Checksum the image that lies in the slot now. Called in a worker thread. Raises ``Corrupt`` if it cannot."""
         if (rank, index) not in self._slots:
             raise Corrupt(f"rank {rank} has no slot {index}")
-        checks = self._slots[rank, index].checksums(image_bytes, BLOCK_BYTES, self._pool)
+        checks = self._slots[rank, index].checksums(image_bytes, block_bytes_for(image_bytes), self._pool)
         return ImageSums(image_bytes, checks)
 
     def write_record(
@@ -192,18 +201,177 @@ class Arenas:
         slot.write_record(
             Record(
                 id=flight.id, watermark=flight.watermark, rank=rank, world=world, job=self._job,
-                image_bytes=sums.image_bytes, table_bytes=slot.place.table_bytes, block_bytes=BLOCK_BYTES,
+                image_bytes=sums.image_bytes, table_bytes=slot.place.table_bytes, block_bytes=block_bytes_for(sums.image_bytes),
                 layout_bytes=len(layout), checks_crc=crc32c(sums.checks), layout_crc=crc32c(layout), nonce=flight.nonce,
             )
         )  # fmt: skip
         reach("seal.after-record")
 
+    # -- images for other agents -------------------------------------------------------------------------------------
+
+    def manifest(self, rank: int, id: SnapshotId, checks_crc: int | None = None) -> Manifest | None:
+        """The manifest of a recorded image, sealed or waiting for its trainer's verdict; None if it is not here."""
+        slot = self.image(rank, id, checks_crc)
+        if slot is None:
+            return None
+        record, _ = slot.read_record()
+        try:
+            checks, layout = slot.read_tables(record)
+        except Corrupt:  # overwritten meanwhile, or damaged: either way it is not here
+            return None
+        return Manifest(record, checks, layout)
+
+    def image(self, rank: int, id: SnapshotId, checks_crc: int | None = None) -> Slot | None:
+        """The slot that holds that image, sealed or waiting for its trainer's verdict."""
+        for (its_rank, _), slot in sorted(self._slots.items()):
+            record = recorded(slot) if its_rank == rank else None
+            if record is not None and record.id == id and checks_crc in (None, record.checks_crc):
+                return slot
+        return None
+
+    def free_slot(self, manifest: Manifest, keep: SnapshotId) -> Slot:
+        """A slot for a copy of an image, unsealed: a free one, else one that holds anything but *keep*, else a new one.
+
+        Raises ``BudgetExceeded``.
+        """
+        record = manifest.record
+        needed = manifest.checks.nbytes + len(manifest.layout)
+        mine = [slot for (rank, _), slot in sorted(self._slots.items()) if rank == record.rank]
+
+        def cost(slot: Slot) -> tuple[bool, bool]:
+            held = slot.sealed_record()
+            return held is not None, held is not None and held.id < keep
+
+        for slot in sorted(mine, key=cost):
+            held = slot.sealed_record()
+            if slot.word == OPEN_WORD or (held is not None and held.id == keep):
+                continue
+            if slot.place.table_bytes == 0 or not slot.place.holds(needed, record.image_bytes):
+                continue
+            slot.unseal()
+            return slot
+        index = max((i for rank, i in self._slots if rank == record.rank), default=-1) + 1
+        place = place_for(self._settings.shm, record.rank, index, table_bytes=needed, image_bytes=record.image_bytes)
+        self._check_budget([place])
+        self._make(place)
+        return self._slots[record.rank, index]
+
+    def seal_copy(self, slot: Slot, manifest: Manifest) -> None:
+        """The image's bytes are in the slot, verified: make them count."""
+        slot.write_tables(manifest.checks, manifest.layout)
+        record = replace(manifest.record, table_bytes=slot.place.table_bytes)
+        slot.write_record(record)
+        slot.commit(record.nonce)
+
+    def reclaim(self, ranks: Iterable[int]) -> None:
+        """Give back the slots of all ranks but these, and cells of lanes that are no more."""
+        stay = frozenset(ranks)
+        lanes, count = self._cell_shape
+        gone = [self._slots.pop(key) for key in list(self._slots) if key[0] not in stay]
+        gone += [self._cells.pop(key) for key in list(self._cells) if key[0] >= lanes or key[1] >= count]
+        for slot in gone:
+            _log.info("not needed here any more: %s", slot.place.path)
+            Path(slot.place.path).unlink(missing_ok=True)
+            slot.close()
+
+    # -- parity ------------------------------------------------------------------------------------------------------
+
+    def reserve_cells(self, lanes: int, count: int, *, image_bytes: int, table_bytes: int) -> None:
+        """Have *count* cells for each lane, at least of the given sizes where they hold nothing.
+
+        Raises ``BudgetExceeded``.
+        """
+        self._cell_shape = (lanes, count)
+        sizes = {"image_bytes": image_bytes, "table_bytes": table_bytes}
+        wanted = [
+            place_for(self._settings.shm, lane, index, parity=True, **sizes)
+            for lane in range(lanes)
+            for index in range(count)
+        ]
+        missing = [p for p in wanted if not self._cell_stays(p)]
+        self._check_budget(missing)
+        for place in missing:
+            self._make(place)
+
+    def _cell_stays(self, place: Place) -> bool:
+        slot = self._cells.get((place.rank, place.index))
+        return slot is not None and (
+            slot.sealed_record() is not None or slot.place.holds(place.table_bytes, place.image_bytes)
+        )
+
+    def open_cell(self, lane: int, index: int, *, image_bytes: int, table_bytes: int) -> Slot:
+        """The cell, holding nothing, and large enough. Raises ``BudgetExceeded``."""
+        slot = self._cells[lane, index]
+        slot.unseal()
+        if not slot.place.holds(table_bytes, image_bytes):
+            sizes = {"image_bytes": image_bytes, "table_bytes": table_bytes}
+            place = place_for(self._settings.shm, lane, index, parity=True, **sizes)
+            self._check_budget([place])
+            self._make(place)
+        return self._cells[lane, index]
+
+    def seal_cell(
+        self, lane: int, index: int, id: SnapshotId, table: CellTable, text: bytes, parity_bytes: int
+    ) -> None:
+        """The parity is in the cell: checksum it and make it count. Called in a worker thread."""
+        slot = self._cells[lane, index]
+        checks = slot.checksums(parity_bytes, table.unit, self._pool)
+        slot.write_tables(checks, text)
+        record = Record(
+            id=id, watermark=-1, rank=lane, world=len(table.manifests), job=self._job, image_bytes=parity_bytes,
+            table_bytes=slot.place.table_bytes, block_bytes=table.unit, layout_bytes=len(text),
+            checks_crc=crc32c(checks), layout_crc=crc32c(text), nonce=new_nonce(),
+        )  # fmt: skip
+        reach("parity.before-record")
+        slot.write_record(record)
+        slot.commit(record.nonce)
+        reach("parity.sealed")
+
+    def drop_cell(self, lane: int, index: int) -> None:
+        """What the cell holds is not needed any more."""
+        self._cells[lane, index].unseal()
+
+    def cells(self) -> list[list[Cell]]:
+        """Where the cells stand, by lane."""
+        lanes = 1 + max((lane for lane, _ in self._cells), default=-1)
+        held = {where: Cell(Stage.HELD, id, table.key) for where, id, table in self.tables()}
+        return [
+            [held.get((lane, i), Cell()) for i in sorted(i for its, i in self._cells if its == lane)]
+            for lane in range(lanes)
+        ]
+
+    def tables(self) -> list[tuple[tuple[int, int], SnapshotId, CellTable]]:
+        """Every sealed cell: (lane, index), of which snapshot, and what it says of itself."""
+        found = []
+        for where, slot in sorted(self._cells.items()):
+            record = slot.sealed_record()
+            if record is not None:
+                try:
+                    found.append((where, record.id, CellTable.from_text(slot.read_tables(record)[1])))
+                except Corrupt as error:
+                    _log.warning("%s counts as lost: %s", slot.place.path, error)
+        return found
+
+    def cell(self, lane: int, id: SnapshotId, key: int) -> tuple[Slot, Record] | None:
+        """The sealed cell of that snapshot and key."""
+        for (its_lane, index), its_id, table in self.tables():
+            if (its_lane, its_id, table.key) == (lane, id, key):
+                slot = self._cells[its_lane, index]
+                record = slot.sealed_record()
+                return (slot, record) if record is not None else None
+        return None
+
+    @property
+    def parity_bytes(self) -> int:
+        """Shared memory taken by cells."""
+        return sum(slot.place.file_bytes for slot in self._cells.values())
+
     # -- reading -----------------------------------------------------------------------------------------------------
 
     @property
     def reserved_bytes(self) -> int:
-        """Shared memory taken by all slots."""
-        return sum(slot.place.file_bytes for slot in self._slots.values())
+        """Shared memory taken by all slots and cells."""
+        return sum(slot.place.file_bytes for slot in self._all())
 
     @property
     def limit_bytes(self) -> int | None:
@@ -238,17 +406,22 @@ class Arenas:
 
     def remove(self) -> None:
         """Give all memory back; what was held is gone."""
-        for slot in self._slots.values():
+        for slot in self._all():
             Path(slot.place.path).unlink(missing_ok=True)
             slot.close()
         self._slots.clear()
+        self._cells.clear()
 
     def close(self) -> None:
         """Unmap everything; the slots stay for the next agent."""
         self._pool.shutdown(wait=True)
-        for slot in self._slots.values():
+        for slot in self._all():
             slot.close()
         self._slots.clear()
+        self._cells.clear()
+
+    def _all(self) -> list[Slot]:
+        return [*self._slots.values(), *self._cells.values()]
 
     def _sealed(self) -> Iterator[tuple[Slot, Record]]:
         for _, slot in sorted(self._slots.items()):
@@ -257,7 +430,10 @@ class Arenas:
                 yield slot, record
 
     def _held(self, slot: Slot, r: Record) -> Held:
-        return Held(r.id, r.rank, r.world, r.watermark, self._agent, slot.place.path, r.image_bytes)
+        complete = slot.complete(r)
+        return Held(
+            r.id, r.rank, r.world, r.watermark, self._agent, slot.place.path, r.image_bytes, complete, r.checks_crc
+        )
 
     def _reading(self, slot: Slot, record: Record) -> ImageReading:
         """Read one image. The trainer may overwrite it meanwhile: then what was read says nothing about it."""
@@ -279,3 +455,13 @@ class Arenas:
                 raise SnapshotUnknown(
                     f"{record.id} of rank {record.rank} was overwritten while it was read; list again"
                 )
+
+
+def recorded(slot: Slot) -> Record | None:
+    """The record of an image that is sealed, or may yet be: recorded, and its trainer's verdict outstanding."""
+    if slot.word != OPEN_WORD:
+        return slot.sealed_record()
+    try:
+        return slot.read_record()[0]
+    except Corrupt:
+        return None

@@ -19,12 +19,13 @@ from google.protobuf.message import Message
 
 from ..errors import AgentError, AgentUnreachable, DeadlinePassed, HoldfastError, every_error
 from ..snapshot.arena import Place
+from ..snapshot.record import SnapshotId
 from . import wire_pb2 as wire
 from .settings import PROTOCOL, NodeSettings, check_owner, pid_namespace
 
 _log = logging.getLogger(__name__)
-_SERVICE: Final = "holdfast.v1.Agent"
-_OPTIONS: Final = [
+SERVICE: Final = "holdfast.v1.Agent"
+CHANNEL_OPTIONS: Final = [
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.max_send_message_length", 64 << 20),
     ("grpc.enable_http_proxy", 0),
@@ -38,7 +39,7 @@ class AgentClient:
 
     def __init__(self, target: str) -> None:
         self.target = target
-        self._channel = grpc.insecure_channel(target, options=_OPTIONS)
+        self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
 
     @classmethod
     def at(cls, settings: NodeSettings) -> AgentClient:
@@ -57,16 +58,20 @@ class AgentClient:
         """One snapshot, read in full by the agent. Raises ``SnapshotUnknown``."""
         return self._ask("Inspect", wire.InspectRequest(run=run, step=step), wire.Inspection, timeout_s)
 
+    def materialise(self, request: wire.MaterialiseRequest, timeout_s: float) -> wire.MaterialiseReply:
+        """Have an image in this node's memory. Raises ``SnapshotLost``."""
+        return self._ask("Materialise", request, wire.MaterialiseReply, timeout_s)
+
     def _ask(self, method: str, request: Message, reply: type[Reply], timeout_s: float) -> Reply:
         call: grpc.UnaryUnaryMultiCallable[Any, Any] = self._channel.unary_unary(
-            f"/{_SERVICE}/{method}",
+            f"/{SERVICE}/{method}",
             request_serializer=lambda message: message.SerializeToString(),
             response_deserializer=reply.FromString,
         )
         try:
             answer: Reply = call(request, timeout=timeout_s)
         except grpc.RpcError as error:
-            raise _translated(error, f"{method} of the agent at {self.target}", timeout_s) from error
+            raise translated(error, f"{method} of the agent at {self.target}", timeout_s) from error
         return answer
 
     def close(self) -> None:
@@ -102,9 +107,9 @@ class Attachment:
         self._closing = False
         self.ended = False  # the stream is no more
         self._what = f"Attach of rank {hello.rank} to the agent at {settings.socket}"
-        self._channel = grpc.insecure_channel(_own_socket(settings), options=_OPTIONS)
+        self._channel = grpc.insecure_channel(_own_socket(settings), options=CHANNEL_OPTIONS)
         call: grpc.StreamStreamMultiCallable[Any, Any] = self._channel.stream_stream(
-            f"/{_SERVICE}/Attach",
+            f"/{SERVICE}/Attach",
             request_serializer=lambda message: message.SerializeToString(),
             response_deserializer=wire.FromAgent.FromString,
         )
@@ -143,7 +148,7 @@ class Attachment:
         except StopIteration:
             raise AgentUnreachable(f"{self._what}: the agent ended the stream") from None
         except grpc.RpcError as error:
-            raise _translated(error, self._what, timeout_s) from error
+            raise translated(error, self._what, timeout_s) from error
         finally:
             timer.cancel()
             if answer is None:
@@ -157,7 +162,7 @@ class Attachment:
             for message in self._stream:
                 self._hear(message)
         except grpc.RpcError as error:
-            reason = _translated(error, self._what, 0.0)
+            reason = translated(error, self._what, 0.0)
         except Exception as error:  # noqa: BLE001 - a thread ends here; a stream that nobody hears is a lost one
             _log.exception("%s: what the agent said could not be handled", self._what)
             reason = AgentError(f"{self._what}: {error!r}")
@@ -187,6 +192,16 @@ def hello(
     )
 
 
+def id_of(id: wire.Id) -> SnapshotId:
+    """A snapshot's identity as it came over the wire."""
+    return SnapshotId(id.generation, id.step, id.run)
+
+
+def wire_id(id: SnapshotId) -> wire.Id:
+    """A snapshot's identity for the wire."""
+    return wire.Id(run=id.run, generation=id.generation, step=id.step)
+
+
 def place_of(slot: wire.SlotPlace, rank: int) -> Place:
     """A slot's place as the agent told it."""
     return Place(slot.path, rank, slot.index, slot.table_bytes, slot.image_bytes)
@@ -200,16 +215,21 @@ def _own_socket(settings: NodeSettings) -> str:
     return f"unix:{settings.socket}"
 
 
-def _translated(error: grpc.RpcError, what: str, timeout_s: float) -> HoldfastError:
+def told(text: str, what: str = "the agent") -> HoldfastError:
+    """The error that an agent told of."""
+    try:
+        document = json.loads(text)
+        kind = next(k for k in every_error() if k.__name__ == document["error"])
+        return kind(document["message"])
+    except (ValueError, KeyError, TypeError, StopIteration):
+        return AgentError(f"{what}: {text}")
+
+
+def translated(error: grpc.RpcError, what: str, timeout_s: float) -> HoldfastError:
     """Our error for gRPC's: the one the agent raised, if it raised one."""
     code, details = error.code(), error.details() or ""
     if code is grpc.StatusCode.FAILED_PRECONDITION:
-        try:
-            document = json.loads(details)
-            kind = next(k for k in every_error() if k.__name__ == document["error"])
-            return kind(document["message"])
-        except (ValueError, KeyError, TypeError, StopIteration):
-            return AgentError(f"{what}: {details}")
+        return told(details, what)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED or (code is grpc.StatusCode.CANCELLED and timeout_s):
         return DeadlinePassed(f"{what}: no answer within {timeout_s:g} s")
     return AgentUnreachable(f"{what}: {details or code.name.lower()}")

@@ -9,6 +9,7 @@ import ipaddress
 import json
 import logging
 import os
+import platform
 import signal
 import sys
 import time
@@ -22,8 +23,12 @@ from ..crashpoints import reach
 from ..errors import AgentError, ConfigError
 from .arenas import Arenas
 from .budget import measure
+from .bulk import BulkServer, Pace
+from .peers import Peers
+from .protector import Protector
 from .service import MESSAGE_BYTES, AgentService
 from .settings import NodeSettings, prepare_folder
+from .trust import Trust
 
 _log = logging.getLogger(__name__)
 _IDLE_CHECK_S: Final = 1.0
@@ -36,7 +41,10 @@ class DaemonOptions:
 
     Attributes:
         name: what it calls itself in reports.
-        listen: ``host:port`` for questions from other nodes and tools; port 0 picks one. Loopback only.
+        listen: ``host:port`` for peers and tools; port 0 picks one. Loopback only, unless there is *trust*.
+        domains: failure domains of this node, from wide to narrow, like ("rack", "r1"); the host is added.
+        trust: certificates for mutual TLS with peers.
+        net_limit_bytes_s: how fast it sends to peers at most, None for as fast as it can.
         memory_limit_bytes: most shared memory for all ranks of this node, None for what the node has.
         idle_exit_s: with nobody attached and no snapshot that matters, end after this time; None never.
         keep_s: how long snapshots matter whose trainers died and did not come back; None forever.
@@ -44,6 +52,9 @@ class DaemonOptions:
 
     name: str
     listen: str = "127.0.0.1:0"
+    domains: tuple[tuple[str, str], ...] = ()
+    trust: Trust | None = None
+    net_limit_bytes_s: float | None = None
     memory_limit_bytes: int | None = None
     idle_exit_s: float | None = 300.0
     keep_s: float | None = 24 * 3600.0
@@ -58,7 +69,7 @@ def run(settings: NodeSettings, options: DaemonOptions, version: str, *, detache
         AgentError: another agent holds the folder.
         ConfigError: an address or folder that cannot be used.
     """
-    host, port = _loopback(options.listen)
+    host, port = _address(options.listen, trusted=options.trust is not None)
     os.umask(0o077)
     prepare_folder(settings.shm)
     with contextlib.suppress(OSError):
@@ -72,14 +83,26 @@ async def _serve(settings: NodeSettings, options: DaemonOptions, version: str, l
     for record in arenas.adopt():
         _log.info("adopted %s of rank %d", record.id, record.rank)
     reach("adopt.scanned")
-    service = AgentService(options.name, version, settings, arenas)
+    service = AgentService(options.name, version, settings, arenas, _domains(options))
     settings.socket.unlink(missing_ok=True)  # the lock is ours, so whoever bound it is gone
     limits = [("grpc.max_receive_message_length", MESSAGE_BYTES), ("grpc.max_send_message_length", MESSAGE_BYTES)]
     near, far = grpc.aio.server(options=limits), grpc.aio.server(options=limits)
     near.add_generic_rpc_handlers((service.handlers(trainers=True),))
     far.add_generic_rpc_handlers((service.handlers(trainers=False),))
     near.add_insecure_port(f"unix:{settings.socket}")
-    service.listen = f"{listen.rpartition(':')[0]}:{far.add_insecure_port(listen)}"
+    host = listen.rpartition(":")[0]
+    if options.trust is None:
+        port = far.add_insecure_port(listen)
+    else:
+        port = far.add_secure_port(listen, options.trust.server_credentials())
+    service.listen = f"{host}:{port}"
+    pace = Pace(options.net_limit_bytes_s) if options.net_limit_bytes_s else None
+    tls = options.trust.server_context() if options.trust else None
+    bulk = BulkServer(host.strip("[]"), 0, tls, pace)
+    peers = Peers(settings.job, options.name, options.trust)
+    protector = Protector(options.name, settings.job, arenas, bulk, peers, options.trust, service.tell)
+    service.protector = protector
+    clock = asyncio.create_task(protector.keep_time())
     await near.start()
     await far.start()
     _say_ready(settings, options, service)
@@ -90,6 +113,10 @@ async def _serve(settings: NodeSettings, options: DaemonOptions, version: str, l
     # Trainers see the stream end and keep training; what they had fenced is sealed before we go.
     await asyncio.gather(near.stop(_GRACE_S if removing else 0), far.stop(0))
     await service.quiesce()
+    clock.cancel()
+    await protector.close()
+    await peers.close()
+    await asyncio.to_thread(bulk.close)
     if removing:
         arenas.remove()
         _leave(settings)
@@ -140,14 +167,20 @@ def _sole_agent(settings: NodeSettings) -> Iterator[None]:
         yield
 
 
-def _loopback(listen: str) -> tuple[str, int]:
+def _domains(options: DaemonOptions) -> list[tuple[str, str]]:
+    """The failure domains of this node; the host is one, unless another name was given for it."""
+    named = any(level == "host" for level, _ in options.domains)
+    return [*options.domains] if named else [*options.domains, ("host", platform.node())]
+
+
+def _address(listen: str, *, trusted: bool) -> tuple[str, int]:
     host, _, port = listen.rpartition(":")
     try:
         address = ipaddress.ip_address(host.strip("[]") if host != "localhost" else "127.0.0.1")
         number = int(port)
     except ValueError as error:
         raise ConfigError(f"--listen {listen!r}: an address and a port are needed, like 127.0.0.1:0") from error
-    if not address.is_loopback:
+    if not trusted and not address.is_loopback:
         raise ConfigError(f"--listen {listen}: without TLS only loopback addresses are served")
     return (f"[{address}]" if address.version == 6 else str(address)), number
 

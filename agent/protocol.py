@@ -24,6 +24,7 @@ class Copied:
     watermark: int
     layout: int
     image_bytes: int
+    keep: SnapshotId | None = None  # what must not be lost before this is protected
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,7 @@ class Flight:
     id: SnapshotId
     watermark: int
     layout: int
+    keep: SnapshotId | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,7 @@ class Session:
 def advance(session: Session, event: Event) -> tuple[Session, list[Action]]:
     """What *event* leads to. Events about a flight that is over (another nonce in the slot) change nothing."""
     if isinstance(event, Copied):
-        flight = Flight(event.nonce, event.id, event.watermark, event.layout)
+        flight = Flight(event.nonce, event.id, event.watermark, event.layout, event.keep)
         return session.with_flight(event.slot, flight), [Checksum(event.slot, event.nonce, event.image_bytes)]
     found = session.flights.get(event.slot)
     if found is None or found.nonce != event.nonce:

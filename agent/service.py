@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
@@ -22,7 +22,9 @@ from ..snapshot.recovery import Held
 from . import protocol
 from . import wire_pb2 as wire
 from .arenas import Arenas, ImageSums
-from .settings import PROTOCOL, NodeSettings, pid_namespace
+from .client import id_of, wire_id
+from .protector import Protector
+from .settings import PROTOCOL, NodeSettings, machine, pid_namespace
 
 _log = logging.getLogger(__name__)
 
@@ -52,13 +54,23 @@ class _Trainer:
     ended: bool = False
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     work: set[asyncio.Task[None]] = field(default_factory=set)
+    write: Write | None = None
 
 
 class AgentService:
     """What one agent does for its trainers. All methods run on the event loop; heavy work goes to threads."""
 
-    def __init__(self, name: str, version: str, settings: NodeSettings, arenas: Arenas) -> None:
+    def __init__(
+        self,
+        name: str,
+        version: str,
+        settings: NodeSettings,
+        arenas: Arenas,
+        domains: Sequence[tuple[str, str]] = (),
+    ) -> None:
         self._name = name
+        self._domains = tuple(domains)
+        self.protector: Protector | None = None
         self._version = version
         self._settings = settings
         self._arenas = arenas
@@ -91,6 +103,7 @@ class AgentService:
         # From here on the rank is taken, so whatever happens, it must be given free again.
         try:
             with self._watching(trainer):
+                trainer.write = write
                 await asyncio.to_thread(self._arenas.prefault, places)
                 await write(wire.FromAgent(welcome=self._welcome(places)))
                 _log.info("rank %d attached, pid %d", trainer.hello.rank, trainer.hello.pid)
@@ -127,7 +140,19 @@ class AgentService:
         return trainer, places
 
     def _welcome(self, places: list[Place]) -> wire.Welcome:
-        return wire.Welcome(agent=self._name, slots=[_slot_place(place) for place in places], alone=True)
+        return wire.Welcome(
+            agent=self._name,
+            slots=[_slot_place(place) for place in places],
+            listen=self.listen,
+            domains=[wire.Domain(level=level, name=name) for level, name in self._domains],
+            machine=machine(),
+        )
+
+    def tell(self, message: wire.FromAgent) -> None:
+        """Say something to all trainers that are there."""
+        for trainer in self._trainers.values():
+            if trainer.write is not None and not trainer.gone.is_set():
+                self._spawn(trainer, _write(trainer.write, message))
 
     async def _take_over(self, hello: wire.Hello) -> None:
         """Wait until the rank's former trainer is gone and what it left in flight is sealed or dropped."""
@@ -187,10 +212,13 @@ class AgentService:
                 trainer.report = message.report
             case "grow":
                 self._spawn(trainer, self._grow(trainer, message.grow, write))
+            case "roster":
+                self._spawn(trainer, self._assemble(message.roster, write))
             case "goodbye":
                 trainer.ended = True
             case _:
                 if (event := _event(message)) is not None:
+                    self._note(event, message)
                     await self._advance(trainer, event, write)
 
     async def _advance(self, trainer: _Trainer, event: protocol.Event, write: Write) -> None:
@@ -203,8 +231,31 @@ class AgentService:
                     rank, world = trainer.hello.rank, trainer.hello.world
                     sums, layout = trainer.sums[flight.nonce], trainer.layouts[flight.layout]
                     self._arenas.write_record(slot, flight, sums, rank=rank, world=world, layout=layout)
+                    if self.protector is not None:
+                        self.protector.recorded(rank, flight.id, flight.keep)
                 case protocol.TellPrepared(slot, nonce) if not trainer.gone.is_set():
                     await write(wire.FromAgent(prepared=wire.Prepared(slot=slot, nonce=nonce)))
+
+    def _note(self, event: protocol.Event, message: wire.FromTrainer) -> None:
+        """What a trainer's message means for the group."""
+        if self.protector is None:
+            return
+        if isinstance(event, protocol.Copied) and event.keep is not None:
+            self.protector.complete(event.keep)
+        elif isinstance(event, protocol.Discarded) and message.discarded.HasField("id"):
+            self.protector.withdrawn(id_of(message.discarded.id))
+
+    async def _assemble(self, roster: wire.Roster, write: Write) -> None:
+        """The trainers say who is there."""
+        answer = wire.Rostered(alone=True)
+        if self.protector is not None:
+            try:
+                async with self._reserving:
+                    answer = await self.protector.assemble(roster)
+            except HoldfastError as error:
+                _log.warning("no protection: %s", error)
+                answer = wire.Rostered(alone=True, error=error_text(error))
+        await write(wire.FromAgent(rostered=answer))
 
     async def _checksum(self, trainer: _Trainer, action: protocol.Checksum, write: Write) -> None:
         rank, slot, nonce = trainer.hello.rank, action.slot, action.nonce
@@ -257,7 +308,15 @@ class AgentService:
     async def inventory(self, request: wire.Nothing, context: Context) -> wire.ImageList:
         """Every sealed image held here."""
         images = [self._image(held) for held in self._arenas.inventory()]
-        return wire.ImageList(agent=self._name, images=images, spoiled=self._arenas.spoiled())
+        parities = [
+            wire.Parity(
+                id=wire_id(id), lane=lane, index=table.me, tolerance=table.tolerance, ranks=table.ranks, key=table.key
+            )
+            for (lane, _), id, table in self._arenas.tables()
+        ]
+        return wire.ImageList(
+            agent=self._name, images=images, spoiled=self._arenas.spoiled(), parities=parities, address=self.listen
+        )
 
     async def inspect(self, request: wire.InspectRequest, context: Context) -> wire.Inspection:
         """Read one snapshot in full: its layout, its checksums, its damage."""
@@ -279,6 +338,31 @@ class AgentService:
             ]
         )
 
+    async def materialise(self, request: wire.MaterialiseRequest, context: Context) -> wire.MaterialiseReply:
+        """Have an image here. See ``Protector.materialise``."""
+        return await _answer(context, self._protecting().materialise(request))
+
+    async def offer(self, request: wire.Offer, context: Context) -> wire.OfferReply:
+        """A peer has an image."""
+        return await _answer(context, _now(lambda: self._protecting().offer(request)))
+
+    async def offers(self, request: wire.OffersRequest, context: Context) -> wire.OfferList:
+        """A peer asks what is offered here."""
+        return await _answer(context, _now(lambda: self._protecting().offers(request)))
+
+    async def grant(self, request: wire.GrantRequest, context: Context) -> wire.GrantReply:
+        """A peer asks for bytes."""
+        return await _answer(context, _now(lambda: self._protecting().grant(request)))
+
+    async def manifest(self, request: wire.ManifestRequest, context: Context) -> wire.Manifest:
+        """A peer asks how to verify bytes."""
+        return await _answer(context, _now(lambda: self._protecting().manifest(request)))
+
+    def _protecting(self) -> Protector:
+        if self.protector is None:
+            raise AgentError(f"agent {self._name} serves no peers")
+        return self.protector
+
     async def status(self, request: wire.Nothing, context: Context) -> wire.StatusReport:
         """All there is to know about this agent."""
         return wire.StatusReport(
@@ -289,7 +373,8 @@ class AgentService:
             uptime_s=time.monotonic() - self._started_s,
             shm=str(self._settings.shm),
             listen=self.listen,
-            alone=True,
+            alone=self.protector is None or self.protector.status() is None,
+            group=self.protector.status() if self.protector is not None else None,
             reserved_bytes=self._arenas.reserved_bytes,
             limit_bytes=self._arenas.limit_bytes or 0,
             trainers=[
@@ -339,6 +424,8 @@ class AgentService:
             path=held.path,
             image_bytes=held.image_bytes,
             trainer_alive=trainer is not None and not trainer.gone.is_set(),
+            complete=held.complete,
+            checks_crc=held.checks_crc,
         )
 
     def _slot_status(self, place: Place, record: Record | None, staging: bool) -> wire.SlotStatus:
@@ -356,13 +443,19 @@ class AgentService:
     # -- wiring ------------------------------------------------------------------------------------------------------
 
     def handlers(self, *, trainers: bool) -> grpc.GenericRpcHandler:
-        """The gRPC methods; ``Attach`` only where trainers may come (the Unix socket)."""
+        """The gRPC methods; those for trainers only where these may come (the Unix socket), those for peers elsewhere."""
         methods = {
             "Inventory": _unary(self.inventory, wire.Nothing),
             "Inspect": _unary(self.inspect, wire.InspectRequest),
             "Status": _unary(self.status, wire.Nothing),
         }
-        if trainers:
+        if not trainers:
+            methods["Offer"] = _unary(self.offer, wire.Offer)
+            methods["Offers"] = _unary(self.offers, wire.OffersRequest)
+            methods["Grant"] = _unary(self.grant, wire.GrantRequest)
+            methods["GetManifest"] = _unary(self.manifest, wire.ManifestRequest)
+        else:
+            methods["Materialise"] = _unary(self.materialise, wire.MaterialiseRequest)
             methods["Attach"] = grpc.stream_stream_rpc_method_handler(
                 self.attach, wire.FromTrainer.FromString, wire.FromAgent.SerializeToString
             )
@@ -385,10 +478,28 @@ def _event(message: wire.FromTrainer) -> protocol.Event | None:
         case "copied":
             m = message.copied
             id = SnapshotId(m.generation, m.step, m.run)
-            return protocol.Copied(m.slot, m.nonce, id, m.watermark, m.layout, m.image_bytes)
+            keep = id_of(m.keep) if m.HasField("keep") else None
+            return protocol.Copied(m.slot, m.nonce, id, m.watermark, m.layout, m.image_bytes, keep)
         case "discarded":
             return protocol.Discarded(message.discarded.slot, message.discarded.nonce)
     return None
+
+
+async def _answer(context: Context, work: Awaitable[Result]) -> Result:
+    """The result of *work*; its error as gRPC says it."""
+    try:
+        return await work
+    except HoldfastError as error:
+        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error_text(error))
+        raise
+
+
+async def _now(work: Callable[[], Result]) -> Result:
+    return work()
+
+
+async def _write(write: Write, message: wire.FromAgent) -> None:
+    await write(message)
 
 
 async def _to_the_end(work: Coroutine[Any, Any, Result]) -> Result:

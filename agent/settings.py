@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import re
 import sys
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from typing import Final
 
 from ..errors import AgentUntrusted, ConfigError
 
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
 _JOB: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SOCKET_PATH_LIMIT: Final = 107  # sun_path of a Unix socket, less the final zero
 
@@ -79,6 +80,14 @@ def default_job(script: str | None = None) -> str:
 def job_hash(job: str) -> int:
     """What records carry of a job's name."""
     return int.from_bytes(hashlib.sha256(job.encode()).digest()[:8], "little")
+
+
+def machine() -> str:
+    """Which machine this is, as long as it runs: on another one, this one's loopback addresses mean something else."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return platform.node()
 
 
 def pid_namespace() -> str:

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class FromTrainer(_message.Message):
-    __slots__ = ("hello", "layout", "copied", "discarded", "grow", "report", "goodbye")
+    __slots__ = ("hello", "layout", "copied", "discarded", "grow", "report", "goodbye", "roster")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     COPIED_FIELD_NUMBER: _ClassVar[int]
@@ -15,6 +15,7 @@ class FromTrainer(_message.Message):
     GROW_FIELD_NUMBER: _ClassVar[int]
     REPORT_FIELD_NUMBER: _ClassVar[int]
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
+    ROSTER_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     layout: LayoutText
     copied: Copied
@@ -22,19 +23,26 @@ class FromTrainer(_message.Message):
     grow: Grow
     report: Report
     goodbye: Goodbye
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., layout: _Optional[_Union[LayoutText, _Mapping]] = ..., copied: _Optional[_Union[Copied, _Mapping]] = ..., discarded: _Optional[_Union[Discarded, _Mapping]] = ..., grow: _Optional[_Union[Grow, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ...) -> None: ...
+    roster: Roster
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., layout: _Optional[_Union[LayoutText, _Mapping]] = ..., copied: _Optional[_Union[Copied, _Mapping]] = ..., discarded: _Optional[_Union[Discarded, _Mapping]] = ..., grow: _Optional[_Union[Grow, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., roster: _Optional[_Union[Roster, _Mapping]] = ...) -> None: ...
 
 class FromAgent(_message.Message):
-    __slots__ = ("welcome", "prepared", "grown", "failed")
+    __slots__ = ("welcome", "prepared", "grown", "failed", "rostered", "guarded", "unguarded")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     PREPARED_FIELD_NUMBER: _ClassVar[int]
     GROWN_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    ROSTERED_FIELD_NUMBER: _ClassVar[int]
+    GUARDED_FIELD_NUMBER: _ClassVar[int]
+    UNGUARDED_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     prepared: Prepared
     grown: Grown
     failed: Failed
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., prepared: _Optional[_Union[Prepared, _Mapping]] = ..., grown: _Optional[_Union[Grown, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ...) -> None: ...
+    rostered: Rostered
+    guarded: Guarded
+    unguarded: Unguarded
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., prepared: _Optional[_Union[Prepared, _Mapping]] = ..., grown: _Optional[_Union[Grown, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., rostered: _Optional[_Union[Rostered, _Mapping]] = ..., guarded: _Optional[_Union[Guarded, _Mapping]] = ..., unguarded: _Optional[_Union[Unguarded, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("protocol", "version", "job", "rank", "world", "pid", "slots", "image_bytes", "table_bytes", "life", "pid_namespace")
@@ -75,14 +83,90 @@ class SlotPlace(_message.Message):
     def __init__(self, index: _Optional[int] = ..., path: _Optional[str] = ..., table_bytes: _Optional[int] = ..., image_bytes: _Optional[int] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("agent", "slots", "alone")
+    __slots__ = ("agent", "slots", "listen", "domains", "machine")
     AGENT_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
-    ALONE_FIELD_NUMBER: _ClassVar[int]
+    LISTEN_FIELD_NUMBER: _ClassVar[int]
+    DOMAINS_FIELD_NUMBER: _ClassVar[int]
+    MACHINE_FIELD_NUMBER: _ClassVar[int]
     agent: str
     slots: _containers.RepeatedCompositeFieldContainer[SlotPlace]
+    listen: str
+    domains: _containers.RepeatedCompositeFieldContainer[Domain]
+    machine: str
+    def __init__(self, agent: _Optional[str] = ..., slots: _Optional[_Iterable[_Union[SlotPlace, _Mapping]]] = ..., listen: _Optional[str] = ..., domains: _Optional[_Iterable[_Union[Domain, _Mapping]]] = ..., machine: _Optional[str] = ...) -> None: ...
+
+class Id(_message.Message):
+    __slots__ = ("run", "generation", "step")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    generation: int
+    step: int
+    def __init__(self, run: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
+
+class Domain(_message.Message):
+    __slots__ = ("level", "name")
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    level: str
+    name: str
+    def __init__(self, level: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
+
+class Roster(_message.Message):
+    __slots__ = ("run", "protect", "timeout_s", "peers", "floor")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    PROTECT_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    PEERS_FIELD_NUMBER: _ClassVar[int]
+    FLOOR_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    protect: str
+    timeout_s: float
+    peers: _containers.RepeatedCompositeFieldContainer[Peer]
+    floor: Id
+    def __init__(self, run: _Optional[str] = ..., protect: _Optional[str] = ..., timeout_s: _Optional[float] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., floor: _Optional[_Union[Id, _Mapping]] = ...) -> None: ...
+
+class Peer(_message.Message):
+    __slots__ = ("agent", "address", "domains", "ranks", "slots", "image_bytes", "table_bytes")
+    AGENT_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    DOMAINS_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TABLE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    agent: str
+    address: str
+    domains: _containers.RepeatedCompositeFieldContainer[Domain]
+    ranks: _containers.RepeatedScalarFieldContainer[int]
+    slots: int
+    image_bytes: int
+    table_bytes: int
+    def __init__(self, agent: _Optional[str] = ..., address: _Optional[str] = ..., domains: _Optional[_Iterable[_Union[Domain, _Mapping]]] = ..., ranks: _Optional[_Iterable[int]] = ..., slots: _Optional[int] = ..., image_bytes: _Optional[int] = ..., table_bytes: _Optional[int] = ...) -> None: ...
+
+class Rostered(_message.Message):
+    __slots__ = ("alone", "error")
+    ALONE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
     alone: bool
-    def __init__(self, agent: _Optional[str] = ..., slots: _Optional[_Iterable[_Union[SlotPlace, _Mapping]]] = ..., alone: bool = ...) -> None: ...
+    error: str
+    def __init__(self, alone: bool = ..., error: _Optional[str] = ...) -> None: ...
+
+class Guarded(_message.Message):
+    __slots__ = ("id",)
+    ID_FIELD_NUMBER: _ClassVar[int]
+    id: Id
+    def __init__(self, id: _Optional[_Union[Id, _Mapping]] = ...) -> None: ...
+
+class Unguarded(_message.Message):
+    __slots__ = ("id", "reason")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    id: Id
+    reason: str
+    def __init__(self, id: _Optional[_Union[Id, _Mapping]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class LayoutText(_message.Message):
     __slots__ = ("number", "text")
@@ -93,7 +177,7 @@ class LayoutText(_message.Message):
     def __init__(self, number: _Optional[int] = ..., text: _Optional[bytes] = ...) -> None: ...
 
 class Copied(_message.Message):
-    __slots__ = ("slot", "nonce", "run", "generation", "step", "watermark", "layout", "image_bytes")
+    __slots__ = ("slot", "nonce", "run", "generation", "step", "watermark", "layout", "image_bytes", "keep")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     NONCE_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
@@ -102,6 +186,7 @@ class Copied(_message.Message):
     WATERMARK_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
     slot: int
     nonce: int
     run: str
@@ -110,17 +195,20 @@ class Copied(_message.Message):
     watermark: int
     layout: int
     image_bytes: int
-    def __init__(self, slot: _Optional[int] = ..., nonce: _Optional[int] = ..., run: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., watermark: _Optional[int] = ..., layout: _Optional[int] = ..., image_bytes: _Optional[int] = ...) -> None: ...
+    keep: Id
+    def __init__(self, slot: _Optional[int] = ..., nonce: _Optional[int] = ..., run: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., watermark: _Optional[int] = ..., layout: _Optional[int] = ..., image_bytes: _Optional[int] = ..., keep: _Optional[_Union[Id, _Mapping]] = ...) -> None: ...
 
 class Discarded(_message.Message):
-    __slots__ = ("slot", "nonce", "reason")
+    __slots__ = ("slot", "nonce", "reason", "id")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     NONCE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
     slot: int
     nonce: int
     reason: str
-    def __init__(self, slot: _Optional[int] = ..., nonce: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    id: Id
+    def __init__(self, slot: _Optional[int] = ..., nonce: _Optional[int] = ..., reason: _Optional[str] = ..., id: _Optional[_Union[Id, _Mapping]] = ...) -> None: ...
 
 class Grow(_message.Message):
     __slots__ = ("slot", "image_bytes", "table_bytes")
@@ -190,17 +278,37 @@ class Nothing(_message.Message):
     def __init__(self) -> None: ...
 
 class ImageList(_message.Message):
-    __slots__ = ("agent", "images", "spoiled")
+    __slots__ = ("agent", "images", "spoiled", "parities", "address")
     AGENT_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     SPOILED_FIELD_NUMBER: _ClassVar[int]
+    PARITIES_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
     agent: str
     images: _containers.RepeatedCompositeFieldContainer[Image]
     spoiled: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, agent: _Optional[str] = ..., images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., spoiled: _Optional[_Iterable[str]] = ...) -> None: ...
+    parities: _containers.RepeatedCompositeFieldContainer[Parity]
+    address: str
+    def __init__(self, agent: _Optional[str] = ..., images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., spoiled: _Optional[_Iterable[str]] = ..., parities: _Optional[_Iterable[_Union[Parity, _Mapping]]] = ..., address: _Optional[str] = ...) -> None: ...
+
+class Parity(_message.Message):
+    __slots__ = ("id", "lane", "index", "tolerance", "ranks", "key")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    LANE_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    TOLERANCE_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    id: Id
+    lane: int
+    index: int
+    tolerance: int
+    ranks: _containers.RepeatedScalarFieldContainer[int]
+    key: int
+    def __init__(self, id: _Optional[_Union[Id, _Mapping]] = ..., lane: _Optional[int] = ..., index: _Optional[int] = ..., tolerance: _Optional[int] = ..., ranks: _Optional[_Iterable[int]] = ..., key: _Optional[int] = ...) -> None: ...
 
 class Image(_message.Message):
-    __slots__ = ("run", "generation", "step", "rank", "world", "watermark", "path", "image_bytes", "trainer_alive")
+    __slots__ = ("run", "generation", "step", "rank", "world", "watermark", "path", "image_bytes", "trainer_alive", "complete", "checks_crc")
     RUN_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -210,6 +318,8 @@ class Image(_message.Message):
     PATH_FIELD_NUMBER: _ClassVar[int]
     IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     TRAINER_ALIVE_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    CHECKS_CRC_FIELD_NUMBER: _ClassVar[int]
     run: str
     generation: int
     step: int
@@ -219,7 +329,9 @@ class Image(_message.Message):
     path: str
     image_bytes: int
     trainer_alive: bool
-    def __init__(self, run: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ..., world: _Optional[int] = ..., watermark: _Optional[int] = ..., path: _Optional[str] = ..., image_bytes: _Optional[int] = ..., trainer_alive: bool = ...) -> None: ...
+    complete: bool
+    checks_crc: int
+    def __init__(self, run: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ..., world: _Optional[int] = ..., watermark: _Optional[int] = ..., path: _Optional[str] = ..., image_bytes: _Optional[int] = ..., trainer_alive: bool = ..., complete: bool = ..., checks_crc: _Optional[int] = ...) -> None: ...
 
 class InspectRequest(_message.Message):
     __slots__ = ("run", "step")
@@ -252,7 +364,7 @@ class ImageDetail(_message.Message):
     def __init__(self, image: _Optional[_Union[Image, _Mapping]] = ..., layout: _Optional[bytes] = ..., slice_crc: _Optional[_Iterable[int]] = ..., values_crc: _Optional[int] = ..., bad_blocks: _Optional[_Iterable[int]] = ..., block_bytes: _Optional[int] = ...) -> None: ...
 
 class StatusReport(_message.Message):
-    __slots__ = ("agent", "version", "job", "pid", "uptime_s", "shm", "listen", "alone", "reserved_bytes", "limit_bytes", "trainers", "slots", "foreign", "idle_s")
+    __slots__ = ("agent", "version", "job", "pid", "uptime_s", "shm", "listen", "alone", "reserved_bytes", "limit_bytes", "trainers", "slots", "foreign", "idle_s", "group")
     AGENT_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     JOB_FIELD_NUMBER: _ClassVar[int]
@@ -267,6 +379,7 @@ class StatusReport(_message.Message):
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     FOREIGN_FIELD_NUMBER: _ClassVar[int]
     IDLE_S_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
     agent: str
     version: str
     job: str
@@ -281,7 +394,40 @@ class StatusReport(_message.Message):
     slots: _containers.RepeatedCompositeFieldContainer[SlotStatus]
     foreign: _containers.RepeatedScalarFieldContainer[str]
     idle_s: float
-    def __init__(self, agent: _Optional[str] = ..., version: _Optional[str] = ..., job: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[float] = ..., shm: _Optional[str] = ..., listen: _Optional[str] = ..., alone: bool = ..., reserved_bytes: _Optional[int] = ..., limit_bytes: _Optional[int] = ..., trainers: _Optional[_Iterable[_Union[TrainerStatus, _Mapping]]] = ..., slots: _Optional[_Iterable[_Union[SlotStatus, _Mapping]]] = ..., foreign: _Optional[_Iterable[str]] = ..., idle_s: _Optional[float] = ...) -> None: ...
+    group: GroupStatus
+    def __init__(self, agent: _Optional[str] = ..., version: _Optional[str] = ..., job: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[float] = ..., shm: _Optional[str] = ..., listen: _Optional[str] = ..., alone: bool = ..., reserved_bytes: _Optional[int] = ..., limit_bytes: _Optional[int] = ..., trainers: _Optional[_Iterable[_Union[TrainerStatus, _Mapping]]] = ..., slots: _Optional[_Iterable[_Union[SlotStatus, _Mapping]]] = ..., foreign: _Optional[_Iterable[str]] = ..., idle_s: _Optional[float] = ..., group: _Optional[_Union[GroupStatus, _Mapping]] = ...) -> None: ...
+
+class GroupStatus(_message.Message):
+    __slots__ = ("members", "tolerance", "protected", "parity_bytes", "pulled_bytes", "protect_s", "trouble", "damaged")
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    TOLERANCE_FIELD_NUMBER: _ClassVar[int]
+    PROTECTED_FIELD_NUMBER: _ClassVar[int]
+    PARITY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PULLED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PROTECT_S_FIELD_NUMBER: _ClassVar[int]
+    TROUBLE_FIELD_NUMBER: _ClassVar[int]
+    DAMAGED_FIELD_NUMBER: _ClassVar[int]
+    members: _containers.RepeatedCompositeFieldContainer[MemberStatus]
+    tolerance: int
+    protected: Id
+    parity_bytes: int
+    pulled_bytes: int
+    protect_s: float
+    trouble: str
+    damaged: int
+    def __init__(self, members: _Optional[_Iterable[_Union[MemberStatus, _Mapping]]] = ..., tolerance: _Optional[int] = ..., protected: _Optional[_Union[Id, _Mapping]] = ..., parity_bytes: _Optional[int] = ..., pulled_bytes: _Optional[int] = ..., protect_s: _Optional[float] = ..., trouble: _Optional[str] = ..., damaged: _Optional[int] = ...) -> None: ...
+
+class MemberStatus(_message.Message):
+    __slots__ = ("agent", "address", "ranks", "reachable")
+    AGENT_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    REACHABLE_FIELD_NUMBER: _ClassVar[int]
+    agent: str
+    address: str
+    ranks: _containers.RepeatedScalarFieldContainer[int]
+    reachable: bool
+    def __init__(self, agent: _Optional[str] = ..., address: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., reachable: bool = ...) -> None: ...
 
 class TrainerStatus(_message.Message):
     __slots__ = ("rank", "world", "pid", "alive", "ended", "report")
@@ -318,3 +464,157 @@ class SlotStatus(_message.Message):
     image_bytes: int
     capacity_bytes: int
     def __init__(self, rank: _Optional[int] = ..., index: _Optional[int] = ..., state: _Optional[str] = ..., run: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., image_bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ...) -> None: ...
+
+class MaterialiseRequest(_message.Message):
+    __slots__ = ("id", "rank", "world", "images", "parities")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    WORLD_FIELD_NUMBER: _ClassVar[int]
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    PARITIES_FIELD_NUMBER: _ClassVar[int]
+    id: Id
+    rank: int
+    world: int
+    images: _containers.RepeatedCompositeFieldContainer[Source]
+    parities: _containers.RepeatedCompositeFieldContainer[ParitySource]
+    def __init__(self, id: _Optional[_Union[Id, _Mapping]] = ..., rank: _Optional[int] = ..., world: _Optional[int] = ..., images: _Optional[_Iterable[_Union[Source, _Mapping]]] = ..., parities: _Optional[_Iterable[_Union[ParitySource, _Mapping]]] = ...) -> None: ...
+
+class Source(_message.Message):
+    __slots__ = ("rank", "agent", "address", "checks_crc")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    AGENT_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    CHECKS_CRC_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    agent: str
+    address: str
+    checks_crc: int
+    def __init__(self, rank: _Optional[int] = ..., agent: _Optional[str] = ..., address: _Optional[str] = ..., checks_crc: _Optional[int] = ...) -> None: ...
+
+class ParitySource(_message.Message):
+    __slots__ = ("parity", "agent", "address")
+    PARITY_FIELD_NUMBER: _ClassVar[int]
+    AGENT_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    parity: Parity
+    agent: str
+    address: str
+    def __init__(self, parity: _Optional[_Union[Parity, _Mapping]] = ..., agent: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
+
+class MaterialiseReply(_message.Message):
+    __slots__ = ("path", "how")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    HOW_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    how: str
+    def __init__(self, path: _Optional[str] = ..., how: _Optional[str] = ...) -> None: ...
+
+class Offer(_message.Message):
+    __slots__ = ("job", "agent", "rank", "record", "checks", "layout")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    AGENT_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    RECORD_FIELD_NUMBER: _ClassVar[int]
+    CHECKS_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    agent: str
+    rank: int
+    record: bytes
+    checks: bytes
+    layout: bytes
+    def __init__(self, job: _Optional[str] = ..., agent: _Optional[str] = ..., rank: _Optional[int] = ..., record: _Optional[bytes] = ..., checks: _Optional[bytes] = ..., layout: _Optional[bytes] = ...) -> None: ...
+
+class OfferReply(_message.Message):
+    __slots__ = ("need_layout",)
+    NEED_LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    need_layout: bool
+    def __init__(self, need_layout: bool = ...) -> None: ...
+
+class OffersRequest(_message.Message):
+    __slots__ = ("job", "agent")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    AGENT_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    agent: str
+    def __init__(self, job: _Optional[str] = ..., agent: _Optional[str] = ...) -> None: ...
+
+class OfferList(_message.Message):
+    __slots__ = ("offers",)
+    OFFERS_FIELD_NUMBER: _ClassVar[int]
+    offers: _containers.RepeatedCompositeFieldContainer[Offer]
+    def __init__(self, offers: _Optional[_Iterable[_Union[Offer, _Mapping]]] = ...) -> None: ...
+
+class GrantRequest(_message.Message):
+    __slots__ = ("job", "agent", "id", "purpose", "image", "parity", "ranges")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    AGENT_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    PURPOSE_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    PARITY_FIELD_NUMBER: _ClassVar[int]
+    RANGES_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    agent: str
+    id: Id
+    purpose: str
+    image: ImageSource
+    parity: ParityCell
+    ranges: _containers.RepeatedCompositeFieldContainer[Range]
+    def __init__(self, job: _Optional[str] = ..., agent: _Optional[str] = ..., id: _Optional[_Union[Id, _Mapping]] = ..., purpose: _Optional[str] = ..., image: _Optional[_Union[ImageSource, _Mapping]] = ..., parity: _Optional[_Union[ParityCell, _Mapping]] = ..., ranges: _Optional[_Iterable[_Union[Range, _Mapping]]] = ...) -> None: ...
+
+class ImageSource(_message.Message):
+    __slots__ = ("rank", "checks_crc")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    CHECKS_CRC_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    checks_crc: int
+    def __init__(self, rank: _Optional[int] = ..., checks_crc: _Optional[int] = ...) -> None: ...
+
+class ParityCell(_message.Message):
+    __slots__ = ("lane", "key")
+    LANE_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    lane: int
+    key: int
+    def __init__(self, lane: _Optional[int] = ..., key: _Optional[int] = ...) -> None: ...
+
+class Range(_message.Message):
+    __slots__ = ("offset", "nbytes")
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    offset: int
+    nbytes: int
+    def __init__(self, offset: _Optional[int] = ..., nbytes: _Optional[int] = ...) -> None: ...
+
+class GrantReply(_message.Message):
+    __slots__ = ("token", "port")
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    token: bytes
+    port: int
+    def __init__(self, token: _Optional[bytes] = ..., port: _Optional[int] = ...) -> None: ...
+
+class ManifestRequest(_message.Message):
+    __slots__ = ("job", "agent", "id", "image", "parity")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    AGENT_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    PARITY_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    agent: str
+    id: Id
+    image: ImageSource
+    parity: ParityCell
+    def __init__(self, job: _Optional[str] = ..., agent: _Optional[str] = ..., id: _Optional[_Union[Id, _Mapping]] = ..., image: _Optional[_Union[ImageSource, _Mapping]] = ..., parity: _Optional[_Union[ParityCell, _Mapping]] = ...) -> None: ...
+
+class Manifest(_message.Message):
+    __slots__ = ("record", "checks", "text")
+    RECORD_FIELD_NUMBER: _ClassVar[int]
+    CHECKS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    record: bytes
+    checks: bytes
+    text: bytes
+    def __init__(self, record: _Optional[bytes] = ..., checks: _Optional[bytes] = ..., text: _Optional[bytes] = ...) -> None: ...

@@ -29,13 +29,13 @@ from torch.utils.hooks import RemovableHandle
 from .._version import __version__
 from ..agent import wire_pb2 as wire
 from ..agent.settings import NodeSettings
-from ..erasure.kernel import BLOCK_BYTES
+from ..erasure.placement import Protection
 from ..errors import ConfigError, HoldfastError, SnapshotSkipped, StateUnreachable
 from ..snapshot.arena import Slot
 from ..snapshot.beat import NONE, Agreed
 from ..snapshot.capture import Binding, Capture, Copier, copier_for
 from ..snapshot.codec import encode
-from ..snapshot.record import SnapshotId
+from ..snapshot.record import SnapshotId, table_bytes_for
 from ..snapshot.recovery import plan
 from ..snapshot.state import TrainingState, to_leaf
 from .binder import Binder
@@ -43,6 +43,7 @@ from .holding import Holding
 from .pulse import Pulse, Standing
 from .ranks import Ranks, join
 from .restore import Found, Restorer, gather_inventories, together
+from .roster import gather_roster
 
 _log = logging.getLogger(__name__)
 _ROOM_BYTES: Final = 256 << 10  # in every image, for values that grow
@@ -61,6 +62,7 @@ class Deadlines:
     Attributes:
         attach: at construction: starting the agent, reserving and prefaulting memory; all ranks arriving.
         restore: each stage of a restore, for the slowest rank.
+        protect: for a snapshot to be protected; after that it is given up.
         beat: at the end of a step, for the other ranks' beat; after that the snapshot is skipped.
         fence: before an optimizer step, for the copies; after that the snapshot is discarded.
         close: at the end, for the last snapshot to be sealed.
@@ -68,6 +70,7 @@ class Deadlines:
 
     attach: float = 120.0
     restore: float = 600.0
+    protect: float = 60.0
     beat: float = 1.0
     fence: float = 60.0
     close: float = 30.0
@@ -127,6 +130,7 @@ class Checkpointer:
         *,
         every: int = 1,
         slots: int = 2,
+        protect: str = "auto",
         job: str | None = None,
         shm: str | None = None,
         agent: str | None = None,
@@ -143,6 +147,8 @@ class Checkpointer:
                 dicts and lists (restored in place), random generators.
             every: take a snapshot at each step that this divides.
             slots: images held per rank; 2 suffice.
+            protect: how many nodes may be lost with their memory: ``"4+2"`` any 2 of each group of about 6; ``"auto"``
+                one of up to 5 nodes, else two of each group; ``"off"``.
             job: name of the job, the same over all restarts (``HOLDFAST_JOB``).
             shm: folder of shared memory (``HOLDFAST_SHM``).
             agent: socket of an agent that runs already (``HOLDFAST_AGENT``); without it, one is started if needed.
@@ -157,7 +163,9 @@ class Checkpointer:
         """
         if every < 1 or slots < 2:
             raise ConfigError(f"every={every}, slots={slots}: at least 1 and 2 are needed")
+        Protection.parse(protect)
         self._every = every
+        self._protect = protect
         self._strict = strict
         self._deadlines = deadlines or Deadlines()
         self._settings = NodeSettings.read(os.environ, job=job, shm=shm, socket=agent)
@@ -207,6 +215,7 @@ class Checkpointer:
                 table_bytes=table_bytes,
                 timeout_s=wait_s,
                 unmapping=self._unmapping,
+                gave_up=self._skip,
             )
             undo.callback(holding.close, ended=False)
             for slot in holding.slots:
@@ -257,23 +266,27 @@ class Checkpointer:
                 self._pulse.start(self._standing)
 
     def wait(self, ticket: Ticket, state: State = "sealed", timeout_s: float = 60.0) -> None:
-        """Return once this rank's part of the snapshot is in *state*.
+        """Return once this rank's part of the snapshot is sealed, or the whole snapshot protected.
 
-        A snapshot is sealed only after the next fence, which this therefore implies.
+        A snapshot is sealed only after the next fence, which this therefore implies. To wait for "protected" is collective:
+        every rank must.
 
         Raises:
             SnapshotSkipped: it was not taken or not kept; says why.
             StateUnreachable: *state* cannot be reached in this set-up.
             DeadlinePassed: it was not reached in time.
         """
-        if state != "sealed":
+        if state == "persisted" or (state == "protected" and self._holding.alone):
             what = "no peers to protect with" if state == "protected" else "no tier to persist in"
             raise StateUnreachable(f"step {ticket.step} cannot become {state}: this node has {what}")
         if ticket.id is None:
             raise SnapshotSkipped(f"step {ticket.step} was not taken: {ticket.skipped}")
         with self._guard("fence"):
             self._close_window()
-        self._holding.wait_sealed(ticket.id, timeout_s)
+        if state == "sealed":
+            self._holding.wait_sealed(ticket.id, timeout_s)
+        else:
+            self._wait_protected(ticket.id, timeout_s)
 
     def restore(self) -> int | None:
         """Bring the newest snapshot of this job back into the live objects. Collective.
@@ -294,20 +307,34 @@ class Checkpointer:
         if self._found is None:
             self._interrupt_run()
         assert self._found is not None
-        chosen = Restorer(self._state, self._ranks, self._deadlines.restore, self._holding.slots).newest(self._found)
+        chosen = Restorer(
+            self._state,
+            self._ranks,
+            self._deadlines.restore,
+            self._holding.slots,
+            self._holding.welcome.agent,
+            self._holding.materialise,
+        ).newest(self._found)
         self._found = None
         self._binder.forget()
         if chosen is not None:
+            self._holding.refresh()
             for id in self._holding.discard_newer(chosen):
                 _log.info("discarded %s: the job went back to %s", id, chosen)
             self._go_on_from(chosen, chosen)
+            if not self._holding.alone:
+                self._assemble(chosen)
+                self._wait_protected(chosen, self._deadlines.restore)
         self._stats.restore_s = time.perf_counter() - began_s
         return chosen.step if chosen else None
 
     @property
     def watermark(self) -> int | None:
-        """The newest step known complete on every rank (or restored from), None before the first."""
-        watermark = self._pulse.agreed.watermark
+        """The newest step that all ranks know to be complete on every rank (or restored from), None before the first.
+
+        Complete is protected, where there are nodes to protect with, else sealed.
+        """
+        watermark = self._pulse.known
         return None if watermark == NONE else watermark
 
     def stats(self) -> Stats:
@@ -352,7 +379,10 @@ class Checkpointer:
                 self._start_fresh_or_not(step)
                 self._binder.first(self._deadlines.attach)
         with self._guard("step"):
+            before = self._pulse.agreed.watermark
             verdict = self._pulse.harvest(step, wanted, self._standing, self._deadlines.beat)
+            if self._pulse.agreed.watermark > before:
+                self._holding.mark_complete(self._id(self._pulse.agreed.watermark))
             if verdict.take:
                 ticket = self._take(step)
             elif wanted:
@@ -397,7 +427,7 @@ class Checkpointer:
         offset = binding.layout.values_offset
         image_bytes = offset + encoded.nbytes
         slot = self._holding.open(
-            id, keep=self._keep(), image_bytes=image_bytes, table_bytes=_table_bytes(image_bytes, len(binding.text))
+            id, keep=self._keep(), image_bytes=image_bytes, table_bytes=table_bytes_for(image_bytes, len(binding.text))
         )
         if slot is None:
             return (
@@ -442,6 +472,19 @@ class Checkpointer:
                 f"state that changes there belongs into extras"
             )
         self._holding.fenced(flight.id)
+
+    def _wait_protected(self, id: SnapshotId, timeout_s: float) -> None:
+        """Wait for all ranks; return only when all of them know. Collective."""
+        together(
+            self._ranks,
+            f"protecting {id}",
+            timeout_s,
+            lambda: self._holding.wait_sealed(id, timeout_s, guarded=True),
+        )
+        # First marked everywhere, then reported anywhere: who is told of it here can rely on it wherever this rank dies.
+        together(self._ranks, f"marking {id}", timeout_s, lambda: self._holding.mark_complete(id))
+        if id == self._id(id.step):
+            self._pulse.complete(id.step)
 
     def _settle_flight(self) -> None:
         """Fence what is open and wait for it to be sealed, within the deadline of ``close``."""
@@ -506,8 +549,19 @@ class Checkpointer:
         self._run = names[0].decode()
         self._generation = 1 + max((held.id.generation for held in found.images), default=0)
         # What the job would go back to until this run has a complete snapshot of its own; never overwritten before.
-        self._go_on_from(None, plan(found.images, self._ranks.world).chosen or max(self._holding.held(), default=None))
+        floor = plan(found.images, self._ranks.world, parities=found.parities).chosen
+        self._go_on_from(None, floor or max(self._holding.held(), default=None))
+        self._assemble(None)
         return found
+
+    def _assemble(self, floor: SnapshotId | None) -> None:
+        """Tell every agent of all agents. *floor* is to be protected before training goes on. Collective."""
+        wait_s = self._deadlines.attach
+        roster = gather_roster(
+            self._ranks, self._holding.welcome, self._protect, wait_s,
+            run=self._run, floor=floor, timeout_s=self._deadlines.protect,
+        )  # fmt: skip
+        together(self._ranks, "preparing the protection", wait_s, lambda: self._holding.protect(roster, wait_s))
 
     def _go_on_from(self, restored: SnapshotId | None, floor: SnapshotId | None) -> None:
         """This run's first step comes after *restored*; *floor* must not be overwritten before it has its own snapshot."""
@@ -618,9 +672,4 @@ def _look_through(
     image_bytes = state.predicted_bytes() + int(values.nbytes * _VALUES_ROOM) + _ROOM_BYTES
     names = sum(len(item.slice.name) + _ENTRY_BYTES for item in state.survey().items)
     # Optimizer state adds a few tensors per parameter, under longer names.
-    return state, image_bytes, _table_bytes(image_bytes, 6 * names)
-
-
-def _table_bytes(image_bytes: int, text_bytes: int) -> int:
-    """What a slot needs for block checksums and a layout text of that size."""
-    return 4 * -(-image_bytes // BLOCK_BYTES) + text_bytes
+    return state, image_bytes, table_bytes_for(image_bytes, 6 * names)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ..agent import wire_pb2 as wire
-from ..agent.client import AgentClient, Attachment, hello, place_of
+from ..agent.client import AgentClient, Attachment, hello, id_of, place_of, told, wire_id
 from ..agent.launch import ensure_agent
 from ..agent.settings import NodeSettings
 from ..crashpoints import reach
@@ -34,16 +34,21 @@ class _Flight:
 
     nonce: int
     watermark: int
+    keep: wire.Id | None
     copied: wire.FromTrainer | None = None
     recorded: bool = False
 
 
 class Holding:
-    """What is held for this rank. Thread safe; only the constructor, ``wait_sealed``, ``inventory`` and ``close`` wait.
+    """What is held for this rank. Thread safe; only the constructor, ``protect``, ``wait_sealed``, ``inventory``,
+    ``materialise`` and ``close`` wait.
 
     Attributes:
-        alone: the agent has no peers, so nothing can be protected against the loss of this node.
+        alone: this node has no group, so nothing is protected against its loss.
+        welcome: what the agent said of itself.
     """
+
+    welcome: wire.Welcome
 
     def __init__(
         self,
@@ -57,6 +62,7 @@ class Holding:
         table_bytes: int,
         timeout_s: float,
         unmapping: Callable[[Slot], None] = lambda slot: None,
+        gave_up: Callable[[str], None] = lambda reason: None,
     ) -> None:
         """Attach to the agent, which is started if there is none.
 
@@ -64,6 +70,7 @@ class Holding:
             image_bytes, table_bytes: size of each slot; sealed slots keep the size they have.
             timeout_s: how long starting, attaching and prefaulting may take together.
             unmapping: called before a slot's memory goes away.
+            gave_up: called when a sealed snapshot had to be given up, on another thread.
 
         Raises:
             HoldfastError: no agent, another's agent, another version, or not enough memory.
@@ -71,6 +78,11 @@ class Holding:
         self._settings = settings
         self._rank = rank
         self._unmapping = unmapping
+        self._gave_up = gave_up
+        self._guarded: set[SnapshotId] = set()
+        self._complete: SnapshotId | None = None  # the newest snapshot that is never given up
+        self._roster: wire.FromTrainer | None = None
+        self._rostered: wire.Rostered | None = None
         self._changed = threading.Condition(threading.RLock())
         self._states: list[SlotState] = []
         self._slots: list[Slot] = []
@@ -121,7 +133,8 @@ class Holding:
                 self._grow(index, image_bytes, table_bytes)
                 return None
             nonce, self._nonce = self._nonce or new_nonce(), None
-            flight = _Flight(nonce, keep.step if keep is not None and keep.run == id.run else NONE)
+            watermark = keep.step if keep is not None and keep.run == id.run else NONE
+            flight = _Flight(nonce, watermark, wire_id(keep) if keep is not None else None)
             reach("capture.before-open")
             slot.unseal_to_fill()
             reach("capture.opened")
@@ -147,7 +160,7 @@ class Holding:
             flight = self._flights[index]
             copied = wire.Copied(
                 slot=index, nonce=flight.nonce, run=id.run, generation=id.generation, step=id.step,
-                watermark=flight.watermark, layout=layout, image_bytes=image_bytes,
+                watermark=flight.watermark, layout=layout, image_bytes=image_bytes, keep=flight.keep,
             )  # fmt: skip
             flight.copied = wire.FromTrainer(copied=copied)
             self._send(flight.copied)
@@ -173,10 +186,19 @@ class Holding:
             self._slots[index].unseal()
             self._states[index] = self._states[index].after(Event.DISCARDED)
             flight = self._flights.pop(index, None)
-            if flight is not None and flight.copied is not None:
-                discarded = wire.Discarded(slot=index, nonce=flight.nonce, reason=reason)
-                self._send(wire.FromTrainer(discarded=discarded))
+            nonce = flight.nonce if flight is not None else 0
+            self._send(
+                wire.FromTrainer(discarded=wire.Discarded(slot=index, nonce=nonce, reason=reason, id=wire_id(id)))
+            )
             self._changed.notify_all()
+
+    def mark_complete(self, id: SnapshotId) -> None:
+        """All ranks have *id*: said in its slot, before anything is overwritten that the job would else go back to."""
+        with self._changed:
+            self._complete = max(filter(None, (id, self._complete)))
+            index = find(self._states, id)
+            if index is not None and self._states[index].stage is Stage.SEALED:
+                self._slots[index].mark_complete()
 
     def discard_newer(self, than: SnapshotId) -> list[SnapshotId]:
         """Give up everything newer than *than*; returns what that was."""
@@ -200,12 +222,15 @@ class Holding:
     # -- questions ---------------------------------------------------------------------------------------------------
 
     def held(self) -> dict[SnapshotId, bool]:
-        """What is in this rank's slots, or on its way there; and whether it is sealed."""
+        """What is in this rank's slots, or on its way there; and whether this node has done all it can to keep it."""
         with self._changed:
-            return {s.id: s.stage is Stage.SEALED for s in self._states if s.id is not None}
+            return {s.id: s.stage is Stage.SEALED and self._is_guarded(s.id) for s in self._states if s.id is not None}
 
-    def wait_sealed(self, id: SnapshotId, timeout_s: float) -> None:
-        """Return once *id* is sealed here.
+    def _is_guarded(self, id: SnapshotId) -> bool:
+        return self.alone or id in self._guarded
+
+    def wait_sealed(self, id: SnapshotId, timeout_s: float, *, guarded: bool = False) -> None:
+        """Return once *id* is sealed here; with *guarded*, once this node also holds all its parity.
 
         Raises:
             SnapshotSkipped: it was given up, or its slot holds something newer already.
@@ -217,13 +242,49 @@ class Holding:
                 index = find(self._states, id)
                 if index is None:
                     raise SnapshotSkipped(f"{id} is not held: it was given up, or a newer snapshot has taken its slot")
-                if self._states[index].stage is Stage.SEALED:
+                if self._states[index].stage is Stage.SEALED and (self._is_guarded(id) or not guarded):
                     return
                 if not self._changed.wait(deadline_s - time.monotonic()):
                     whom = (
                         "the agent is away" if self._attachment is None else f"stage {self._states[index].stage.name}"
                     )
                     raise DeadlinePassed(f"{id} of rank {self._rank} was not sealed within {timeout_s:g} s ({whom})")
+
+    def protect(self, roster: wire.Roster, timeout_s: float) -> None:
+        """Tell the agent who is there; it reserves memory for parity.
+
+        Raises:
+            BudgetExceeded, ConfigError: why the agent cannot protect.
+            DeadlinePassed: it did not answer in time.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        with self._changed:
+            self._roster, self._rostered = wire.FromTrainer(roster=roster), None
+            self._guarded.clear()
+            self._complete = id_of(roster.floor) if roster.HasField("floor") else None
+            self._send(self._roster)
+            while (answer := self._answered()) is None:
+                if not self._changed.wait(deadline_s - time.monotonic()):
+                    raise DeadlinePassed(f"the agent did not say within {timeout_s:g} s whether it can protect")
+            if answer.error:
+                raise told(answer.error)
+            self.alone = answer.alone
+
+    def _answered(self) -> wire.Rostered | None:
+        return self._rostered
+
+    def refresh(self) -> None:
+        """Look at the slots again: the agent has put images there, for a restore."""
+        with self._changed:
+            for index, slot in enumerate(self._slots):
+                if self._flights.get(index) is None and self._states[index].stage is not Stage.GROWING:
+                    record = slot.sealed_record()
+                    self._states[index] = SlotState(Stage.SEALED, record.id) if record else SlotState()
+
+    def materialise(self, request: wire.MaterialiseRequest, timeout_s: float) -> wire.MaterialiseReply:
+        """Have the agent bring an image here, from wherever it can be had. Raises ``SnapshotLost``."""
+        with AgentClient.at(self._settings) as client:
+            return client.materialise(request, timeout_s)
 
     def inventory(self, timeout_s: float) -> wire.ImageList:
         """Every sealed image that this node's agent holds."""
@@ -316,11 +377,13 @@ class Holding:
             for index, slot in enumerate(fresh):
                 if slot is not None:
                     self._adopt(index, slot)
-            self.alone = attachment.welcome.alone
+            self.welcome = attachment.welcome
             self._attachment = attachment
             self._refused_bytes = _NEVER
             if self._layout is not None:
                 self._send(self._layout)
+            if self._roster is not None:
+                self._send(self._roster)
             for index, state in enumerate(self._states):
                 flight = self._flights.get(index)
                 if flight and flight.copied and state.stage is not Stage.RECORDED:  # that needs nothing from any agent
@@ -345,6 +408,28 @@ class Holding:
             self._grown(place_of(message.grown.slot, self._rank))
         elif kind == "failed":
             self._failed(message.failed)
+        elif kind == "rostered":
+            with self._changed:
+                self._rostered = message.rostered
+                self._changed.notify_all()
+        elif kind == "guarded":
+            self._has_guarded(id_of(message.guarded.id))
+        elif kind == "unguarded":
+            self._cannot_guard(id_of(message.unguarded.id), message.unguarded.reason)
+
+    def _has_guarded(self, id: SnapshotId) -> None:
+        with self._changed:
+            self._guarded = {held for held in self._guarded if find(self._states, held) is not None} | {id}
+            self._changed.notify_all()
+
+    def _cannot_guard(self, id: SnapshotId, reason: str) -> None:
+        """Protection failed for good: give the snapshot up, so that its slot serves a newer one. Others learn by the beat."""
+        with self._changed:
+            newer = self._complete is None or id > self._complete
+            if newer and id not in self._guarded and find(self._states, id) is not None:
+                _log.warning("%s is given up: %s", id, reason)
+                self.discard(id, reason)
+                self._gave_up("unprotected")
 
     def _prepared(self, prepared: wire.Prepared) -> None:
         with self._changed:

@@ -6,7 +6,7 @@ What is concluded is decided in ``snapshot.beat``; here is only when to start, h
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..snapshot.beat import NONE, UNKNOWN, Agreed, Facts, Verdict, complete_here, settle
 from .ranks import Pending, Ranks
@@ -50,6 +50,7 @@ class Pulse:
 
     Attributes:
         agreed: what all ranks have concluded so far.
+        known: the newest watermark that all ranks know of: who took part in a beat has concluded the one before.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Pulse:
         the ordinal of the step.
         """
         self.agreed = agreed
+        self.known = agreed.watermark
         self._ranks = ranks
         self._slots = slots
         self._dropped = dropped
@@ -111,12 +113,20 @@ class Pulse:
         self.agreed, verdict = settle(
             before, Facts.from_vector(answer[0]), step=beat.step, wanted=beat.wanted, slots=self._slots
         )
+        self.known = before.watermark if self._ranks.world > 1 else self.agreed.watermark
         for step in before.outstanding:
             if step not in self.agreed.outstanding and step > self.agreed.watermark:
                 self._dropped(step)
         if verdict.relayout:
             self._relayout(self._ordinal)
         return verdict
+
+    def complete(self, step: int) -> None:
+        """All ranks have found out together, outside of the beat, that *step* is complete. Collective."""
+        if step > self.agreed.watermark:
+            outstanding = tuple(s for s in self.agreed.outstanding if s > step)
+            self.agreed = replace(self.agreed, watermark=step, outstanding=outstanding)
+        self.known = max(self.known, step)
 
     def _facts(self, standing: Standing) -> Facts:
         owed = [step for step in self.agreed.outstanding if step not in standing.held]

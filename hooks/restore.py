@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 from ..agent import wire_pb2 as wire
+from ..agent.client import id_of, wire_id
 from ..crashpoints import reach
 from ..errors import Corrupt, LayoutMismatch, PeerFailed, RestoreDiverged, SnapshotLost
 from ..snapshot.arena import Slot
@@ -21,7 +22,7 @@ from ..snapshot.assembly import Read, assemble
 from ..snapshot.codec import decode
 from ..snapshot.live import SourceImage, apply
 from ..snapshot.record import SnapshotId
-from ..snapshot.recovery import Held, Plan, plan
+from ..snapshot.recovery import Held, HeldParity, Plan, Rebuilt, plan
 from ..snapshot.replicas import disagreeing, sums
 from ..snapshot.state import Targets, TrainingState, from_leaf
 from .ranks import Ranks
@@ -42,19 +43,38 @@ class _Prepared:
 
 
 def held_images(reply: wire.ImageList) -> list[Held]:
-    """An agent's answer as the plan wants it."""
+    """The images of an agent's answer, as the plan wants them."""
     return [
-        Held(SnapshotId(i.generation, i.step, i.run), i.rank, i.world, i.watermark, reply.agent, i.path, i.image_bytes)
+        Held(
+            SnapshotId(i.generation, i.step, i.run), i.rank, i.world, i.watermark, reply.agent, i.path, i.image_bytes,
+            i.complete, i.checks_crc,
+        )
         for i in reply.images
+    ]  # fmt: skip
+
+
+def held_parities(reply: wire.ImageList) -> list[HeldParity]:
+    """The parities of an agent's answer, as the plan wants them."""
+    return [
+        HeldParity(id_of(p.id), p.key, p.index, tuple(p.ranks), p.tolerance, reply.agent, p.lane)
+        for p in reply.parities
     ]
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What all agents hold together: images, and slots that were sealed and cannot be read."""
+    """What all agents hold together.
+
+    Attributes:
+        images, parities: sealed.
+        spoiled: slots that were sealed and cannot be read.
+        addresses: where each agent is found.
+    """
 
     images: tuple[Held, ...]
     spoiled: tuple[str, ...]
+    parities: tuple[HeldParity, ...] = ()
+    addresses: Mapping[str, str] = field(default_factory=dict)
 
 
 def gather_inventories(ranks: Ranks, reply: wire.ImageList, timeout_s: float) -> Found:
@@ -65,12 +85,21 @@ def gather_inventories(ranks: Ranks, reply: wire.ImageList, timeout_s: float) ->
     """
     elsewhere = {image.path for image in reply.images if image.trainer_alive and image.rank != ranks.rank}
     mine = [asdict(held) for held in held_images(reply) if held.path not in elsewhere]
-    said = json.dumps([mine, list(reply.spoiled)]).encode()
+    parities = [asdict(parity) for parity in held_parities(reply)]
+    said = json.dumps([mine, list(reply.spoiled), parities, [reply.agent, reply.address]]).encode()
     gathered = [json.loads(part) for part in ranks.gather(said, "comparing what the agents hold", timeout_s)]
-    images = {Held(**{**entry, "id": SnapshotId(**entry["id"])}) for part, _ in gathered for entry in part}
-    spoiled = {path for _, part in gathered for path in part}
-    ordered = sorted(images, key=lambda held: (held.id, held.rank, held.agent, held.path))
-    return Found(tuple(ordered), tuple(sorted(spoiled)))
+    images = {Held(**{**entry, "id": SnapshotId(**entry["id"])}) for part, *_ in gathered for entry in part}
+    guards = {
+        HeldParity(**{**entry, "id": SnapshotId(**entry["id"]), "ranks": tuple(entry["ranks"])})
+        for _, _, part, _ in gathered
+        for entry in part
+    }
+    return Found(
+        tuple(sorted(images, key=lambda held: (held.id, held.rank, held.agent, held.path))),
+        tuple(sorted({path for _, part, *_ in gathered for path in part})),
+        tuple(sorted(guards, key=lambda parity: (parity.id, parity.key, parity.index, parity.agent))),
+        dict(where for *_, where in gathered),
+    )
 
 
 def together(ranks: Ranks, what: str, timeout_s: float, work: Callable[[], Result]) -> Result:
@@ -100,8 +129,19 @@ def together(ranks: Ranks, what: str, timeout_s: float, work: Callable[[], Resul
 class Restorer:
     """One restore of one rank. Collective throughout: every rank calls the same methods in the same order."""
 
-    def __init__(self, state: TrainingState, ranks: Ranks, timeout_s: float, mapped: Iterable[Slot] = ()) -> None:
-        """*mapped* are slots that need not be mapped again."""
+    def __init__(
+        self,
+        state: TrainingState,
+        ranks: Ranks,
+        timeout_s: float,
+        mapped: Iterable[Slot] = (),
+        agent: str = "",
+        bring: Callable[[wire.MaterialiseRequest, float], wire.MaterialiseReply] | None = None,
+    ) -> None:
+        """*mapped* are slots that need not be mapped again; *agent* is this node's; *bring* has it bring an image
+        here (without it, all images are)."""
+        self._agent = agent
+        self._bring = bring
         self._mapped = {slot.place.path: slot for slot in mapped}
         self._state = state
         self._ranks = ranks
@@ -117,17 +157,20 @@ class Restorer:
             RestoreDiverged: ranks that must agree do not.
         """
         damaged: set[tuple[SnapshotId, int]] = set()
+        hopeless: set[tuple[SnapshotId, int]] = set()
         while True:
-            decision = plan(found.images, self._ranks.world, damaged)
+            decision = plan(found.images, self._ranks.world, damaged, found.parities, hopeless)
             if decision.chosen is None:
                 self._nothing_left(decision, found, damaged)
                 return None
             _log.log(logging.WARNING if decision.loss else logging.INFO, "%s", decision.explain())
             reach("restore.planned")
-            bad = self._attempt(decision)
+            good = [image for image in found.images if (image.id, image.rank) not in damaged]
+            bad = self._attempt(decision, replace(found, images=tuple(good)))
             if not bad:
                 return decision.chosen
-            damaged |= {(decision.chosen, rank) for rank in bad}
+            for rank in bad:
+                (hopeless if isinstance(decision.sources[rank], Rebuilt) else damaged).add((decision.chosen, rank))
 
     def _nothing_left(self, decision: Plan, found: Found, damaged: set[tuple[SnapshotId, int]]) -> None:
         """Raise unless it is certain that no snapshot ever was complete: starting afresh must not be an accident."""
@@ -138,12 +181,15 @@ class Restorer:
             raise SnapshotLost("\n".join([decision.explain(), *lines]))
         _log.info("%s", decision.explain())
 
-    def _attempt(self, decision: Plan) -> set[int]:
+    def _attempt(self, decision: Plan, found: Found) -> set[int]:
         """Restore as planned; returns the ranks whose images proved damaged, empty on success."""
         with ExitStack() as stack:
             damage: dict[int, str] = {}
             prepared = together(
-                self._ranks, "preparing the restore", self._timeout_s, lambda: self._prepare(decision, stack, damage)
+                self._ranks,
+                "preparing the restore",
+                self._timeout_s,
+                lambda: self._prepare(decision, found, stack, damage),
             )
             if bad := self._all_damage(damage):
                 return bad
@@ -156,19 +202,21 @@ class Restorer:
         reach("restore.applied")
         return set()
 
-    def _prepare(self, decision: Plan, stack: ExitStack, damage: dict[int, str]) -> _Prepared | None:
+    def _prepare(self, decision: Plan, found: Found, stack: ExitStack, damage: dict[int, str]) -> _Prepared | None:
+        rank, id = self._ranks.rank, decision.chosen
+        assert id is not None
         images: dict[int, SourceImage] = {}
-        for source in decision.sources:
+        for needed in self._needed():
             try:
-                image = SourceImage(source.path, source.rank, source.id, self._mapped.get(source.path))
-            except (Corrupt, OSError) as error:
-                damage[source.rank] = str(error)
+                path = self._path(id, needed, decision, found)
+                image = SourceImage(path, needed, id, self._mapped.get(path))
+            except (Corrupt, SnapshotLost, OSError) as error:
+                damage[needed] = str(error)
                 continue
             stack.callback(image.close)
-            images[source.rank] = image
+            images[needed] = image
         if damage:
             return None
-        rank = self._ranks.rank
         held = [
             placed.slice
             for owner, image in images.items()
@@ -188,6 +236,44 @@ class Restorer:
         self._state.check_values(values)
         shared = frozenset(piece.name for piece in held if piece.members)
         return _Prepared(images, targets, reads, values, shared)
+
+    def _needed(self) -> list[int]:
+        """The ranks whose images hold something of this rank's state: its own, and those of its replicas."""
+        members = {rank for item in self._state.survey().items for rank in item.slice.members}
+        return sorted(members | {self._ranks.rank})
+
+    def _path(self, id: SnapshotId, rank: int, decision: Plan, found: Found) -> str:
+        """Where the image lies on this node; brought here if it is not yet. Raises ``SnapshotLost``."""
+        copies = [image for image in found.images if (image.id, image.rank) == (id, rank)]
+        here = next((image for image in copies if self._bring is None or image.agent == self._agent), None)
+        if here is not None and isinstance(decision.sources[rank], Held):
+            return here.path
+        if self._bring is None:
+            raise SnapshotLost(f"the image of {id} of rank {rank} is not on this node")
+        request = wire.MaterialiseRequest(
+            id=wire_id(id),
+            rank=rank,
+            world=self._ranks.world,
+            images=[
+                wire.Source(rank=i.rank, agent=i.agent, address=found.addresses[i.agent], checks_crc=i.checks_crc)
+                for i in found.images
+                if i.id == id
+            ],
+            parities=[
+                wire.ParitySource(
+                    parity=wire.Parity(
+                        id=wire_id(id), lane=p.lane, index=p.index, tolerance=p.tolerance, ranks=p.ranks, key=p.key
+                    ),
+                    agent=p.agent,
+                    address=found.addresses[p.agent],
+                )
+                for p in found.parities
+                if p.id == id
+            ],
+        )
+        reply = self._bring(request, self._timeout_s)
+        _log.info("%s of rank %d: %s", id, rank, reply.how)
+        return reply.path
 
     def _apply(self, prepared: _Prepared, damage: dict[int, str]) -> None:
         for rank, image in prepared.images.items():

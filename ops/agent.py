@@ -12,6 +12,8 @@ from .._version import __version__
 from ..agent.daemon import DaemonOptions, configure_logging, run
 from ..agent.launch import detach
 from ..agent.settings import NodeSettings, prepare_folder
+from ..agent.trust import Trust
+from ..errors import ConfigError
 from .quantity import BYTES, SECONDS
 
 
@@ -21,6 +23,19 @@ from .quantity import BYTES, SECONDS
 @click.option("--socket", help="Unix socket for trainers. Default: agent.sock in the shared-memory folder")
 @click.option("--listen", default="127.0.0.1:0", show_default=True, help="Address for questions; port 0 picks one.")
 @click.option("--name", default=platform.node, show_default="host name", help="What this agent calls itself.")
+@click.option(
+    "--domain",
+    "domains",
+    multiple=True,
+    metavar="LEVEL=NAME",
+    help="A failure domain of this node, from wide to narrow, like rack=r1; may be repeated. The host is implied.",
+)
+@click.option("--tls-ca", type=click.Path(), envvar="HOLDFAST_TLS_CA", help="Certificate of the CA of all agents.")
+@click.option("--tls-cert", type=click.Path(), envvar="HOLDFAST_TLS_CERT", help="Certificate of this agent.")
+@click.option("--tls-key", type=click.Path(), envvar="HOLDFAST_TLS_KEY", help="Key of that certificate.")
+@click.option(
+    "--net-limit", type=BYTES, envvar="HOLDFAST_NET_LIMIT", help="Most bytes per second to send to peers, like 2GiB."
+)
 @click.option(
     "--memory-limit", type=BYTES, envvar="HOLDFAST_MEMORY_LIMIT", help="Most shared memory for snapshots, like 64GiB."
 )
@@ -40,6 +55,11 @@ def agent(
     socket: str | None,
     listen: str,
     name: str,
+    domains: tuple[str, ...],
+    tls_ca: str | None,
+    tls_cert: str | None,
+    tls_key: str | None,
+    net_limit: int | None,
     memory_limit: int | None,
     idle_exit: float | None,
     keep: float | None,
@@ -58,5 +78,21 @@ def agent(
         if code is not None:
             sys.exit(code)
     configure_logging(log_format)
-    options = DaemonOptions(name, listen, memory_limit, idle_exit, keep)
+    options = DaemonOptions(
+        name,
+        listen,
+        domains=tuple(_domain(text) for text in domains),
+        trust=Trust.read(tls_ca, tls_cert, tls_key),
+        net_limit_bytes_s=net_limit,
+        memory_limit_bytes=memory_limit,
+        idle_exit_s=idle_exit,
+        keep_s=keep,
+    )
     run(settings, options, __version__, detached=detached)
+
+
+def _domain(text: str) -> tuple[str, str]:
+    level, equals, name = text.partition("=")
+    if not (level and equals and name):
+        raise ConfigError(f"--domain {text!r}: LEVEL=NAME is needed, like rack=r1")
+    return level, name

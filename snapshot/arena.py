@@ -1,14 +1,19 @@
 """Slots in shared memory: how their bytes lie, how they are made, written and read. No decisions are taken here.
 
-A slot is one file ``rank-<rank>.slot-<index>`` in the job's shared-memory folder (mode 0600)::
+A slot is one file ``rank-<rank>.slot-<index>`` in the job's shared-memory folder (mode 0600); a *cell*, which holds parity,
+is the same under the name ``lane-<lane>.cell-<index>``, and written by its agent alone::
 
     0                     record page: the 255-byte codeword of ``record``, zeros up to 4096
-    4096                  commit page: the commit word (u64), zeros up to 8192
+    4096                  commit page: the commit word (u64), the complete word (u64), zeros up to 8192
     8192                  tables: block checksums (u32 each), then the layout text; ``table_bytes`` in all
     8192 + table_bytes    image, up to the end of the file; page-aligned
 
 The trainer writes the image and the commit word, the agent the record and the tables. Before the first byte of an
 image is overwritten, the commit word says so: from then on the slot holds nothing.
+
+The complete word holds the record's nonce once the trainer knows that this snapshot is complete on every rank: before
+anything is overwritten that the job would otherwise go back to. So whoever lost the image of some rank knows whether that
+rank had sealed it, and hence whether it may be rebuilt.
 """
 
 from __future__ import annotations
@@ -37,20 +42,26 @@ PAGE: Final = 4096
 _WORD_OFFSET: Final = PAGE
 _TABLE_OFFSET: Final = 2 * PAGE
 _MADV_POPULATE_WRITE: Final = 23
-_NAME: Final = re.compile(r"rank-([0-9]{5}|[1-9][0-9]{5,})\.slot-(0|[1-9][0-9]*)")  # one name for each slot
+_NAME: Final = re.compile(  # one name for each slot
+    r"(?:rank-(?P<rank>[0-9]{5}|[1-9][0-9]{5,})\.slot|lane-(?P<lane>[0-9]{5})\.cell)-(?P<index>0|[1-9][0-9]*)"
+)
 
 Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a slot lies and how much it can hold. ``table_bytes`` and ``image_bytes`` are multiples of 4096."""
+    """Where a slot lies and how much it can hold. ``table_bytes`` and ``image_bytes`` are multiples of 4096.
+
+    ``parity``: it is a cell, and ``rank`` counts lanes.
+    """
 
     path: str
     rank: int
     index: int
     table_bytes: int
     image_bytes: int
+    parity: bool = False
 
     @property
     def file_bytes(self) -> int:
@@ -62,16 +73,20 @@ class Place:
         return self.table_bytes >= table_bytes and self.image_bytes >= image_bytes
 
 
-def place_for(folder: Path, rank: int, index: int, *, table_bytes: int, image_bytes: int) -> Place:
-    """The place of a slot that holds at least so many bytes of tables and image."""
-    path = folder / f"rank-{rank:05d}.slot-{index}"
-    return Place(str(path), rank, index, align(table_bytes, PAGE), align(image_bytes, PAGE))
+def place_for(
+    folder: Path, rank: int, index: int, *, table_bytes: int, image_bytes: int, parity: bool = False
+) -> Place:
+    """The place of a slot (or of a cell, of lane *rank*) that holds at least so many bytes of tables and image."""
+    path = folder / (f"lane-{rank:05d}.cell-{index}" if parity else f"rank-{rank:05d}.slot-{index}")
+    return Place(str(path), rank, index, align(table_bytes, PAGE), align(image_bytes, PAGE), parity)
 
 
-def parse_name(name: str) -> tuple[int, int] | None:
-    """``(rank, index)`` if *name* is that of a slot file, else None."""
+def parse_name(name: str) -> tuple[int, int, bool] | None:
+    """``(rank or lane, index, whether a cell)`` if *name* is that of a slot file, else None."""
     match = _NAME.fullmatch(name)
-    return (int(match[1]), int(match[2])) if match else None
+    if match is None:
+        return None
+    return int(match["rank"] or match["lane"]), int(match["index"]), match["rank"] is None
 
 
 class Slot:
@@ -89,7 +104,7 @@ class Slot:
         self._map = mmap.mmap(descriptor, place.file_bytes)
         self._bytes: Bytes = np.frombuffer(self._map, np.uint8)
         self.image: Bytes = self._bytes[_TABLE_OFFSET + place.table_bytes :]
-        self._word = self._bytes[_WORD_OFFSET : _WORD_OFFSET + 8].view(np.uint64)
+        self._word = self._bytes[_WORD_OFFSET : _WORD_OFFSET + 16].view(np.uint64)
 
     @classmethod
     def open(cls, place: Place) -> Slot:
@@ -158,6 +173,14 @@ class Slot:
     def unseal(self) -> None:
         """From here on the slot holds nothing."""
         self._word[0] = FREE_WORD
+
+    def mark_complete(self) -> None:
+        """All ranks have sealed this snapshot."""
+        self._word[1] = self._word[0]
+
+    def complete(self, record: Record) -> bool:
+        """Whether all ranks had sealed the snapshot that *record*, of this slot, describes."""
+        return record.sealed_by(int(self._word[1]))
 
     # -- record and tables -------------------------------------------------------------------------------------------
 
@@ -248,7 +271,7 @@ class Slot:
     def close(self) -> None:
         """Drop the mapping as soon as the last view into it is gone. Closing twice is harmless."""
         self._bytes = self.image = np.empty(0, np.uint8)
-        self._word = np.zeros(1, np.uint64)
+        self._word = np.zeros(2, np.uint64)
         with contextlib.suppress(BufferError):
             self._map.close()
 
@@ -275,7 +298,7 @@ def scan(folder: Path) -> tuple[list[Place], list[str]]:
 _NEIGHBOURS: Final = frozenset({"agent.sock", "agent.pid", "agent.lock", "agent.log", "launch.lock"})
 
 
-def _measure(path: Path, rank: int, index: int) -> Place | None:
+def _measure(path: Path, rank: int, index: int, parity: bool) -> Place | None:
     """Divide an existing slot file by its record; None if it is not ours, or too short to be one."""
     with _descriptor(str(path), os.O_RDONLY) as fd:
         stat = os.fstat(fd)
@@ -286,10 +309,10 @@ def _measure(path: Path, rank: int, index: int) -> Place | None:
     try:
         record, _ = Record.from_bytes(codeword)
     except Corrupt:
-        return Place(str(path), rank, index, 0, room)
+        return Place(str(path), rank, index, 0, room, parity)
     if record.table_bytes > room or record.table_bytes % PAGE:
-        return Place(str(path), rank, index, 0, room)
-    return Place(str(path), rank, index, record.table_bytes, room - record.table_bytes)
+        return Place(str(path), rank, index, 0, room, parity)
+    return Place(str(path), rank, index, record.table_bytes, room - record.table_bytes, parity)
 
 
 @contextlib.contextmanager

@@ -122,6 +122,19 @@ class Record:
         return (word ^ self.nonce).bit_count() <= WORD_TOLERANCE
 
 
+def block_bytes_for(image_bytes: int) -> int:
+    """The length of an image's checksum blocks: a power of two, about 128 per image, 64 KiB to 4 MiB.
+
+    Small images have small blocks, because what nodes protect each other with is cut at blocks.
+    """
+    return 1 << max(16, min(22, (image_bytes // 128).bit_length()))
+
+
+def table_bytes_for(image_bytes: int, layout_bytes: int) -> int:
+    """What a slot needs for the block checksums of any image of up to *image_bytes*, and a layout of *layout_bytes*."""
+    return 4 * max(256, -(-image_bytes // (4 << 20))) + layout_bytes
+
+
 def new_nonce(rng: random.Random | None = None) -> int:
     """A random commit word: 16 bits set in each half, so far from ``FREE_WORD``, ``OPEN_WORD`` and other nonces."""
     draw = rng or random.SystemRandom()

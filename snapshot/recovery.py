@@ -14,7 +14,12 @@ from .record import SnapshotId
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """One sealed image that some agent holds: of which snapshot and rank, and the slot where it lies."""
+    """One sealed image that some agent holds: of which snapshot and rank, and the slot where it lies.
+
+    Attributes:
+        complete: its trainer knew that the snapshot was sealed by every rank.
+        checks_crc: images that agree in it are the same bytes.
+    """
 
     id: SnapshotId
     rank: int
@@ -23,6 +28,37 @@ class Held:
     agent: str
     path: str
     image_bytes: int
+    complete: bool = False
+    checks_crc: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class HeldParity:
+    """The parity of one member of a group for one lane (the j-th rank of each member), sealed, held by some agent.
+
+    Attributes:
+        key: parities of equal keys belong together: same images, same order of members, same code.
+        index: of the member among them.
+        ranks: of each member in this lane, -1 where it has none.
+        tolerance: how many members may be lost (m).
+    """
+
+    id: SnapshotId
+    key: int
+    index: int
+    ranks: tuple[int, ...]
+    tolerance: int
+    agent: str
+    lane: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuilt:
+    """An image that nobody holds, and that its group can compute: by what parity."""
+
+    rank: int
+    key: int
+    agents: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +75,14 @@ class Plan:
 
     Attributes:
         chosen: the newest snapshot all of whose images can be had, or None.
-        sources: one image per rank, in rank order; empty if there is no choice.
+        sources: where each rank's image comes from, in rank order; empty if there is no choice.
         rejected: every snapshot newer than the chosen one, newest first.
         loss: why going back to *chosen* (or, without one, starting afresh) gives up a snapshot that was complete once.
             None in the ordinary case: what is passed over never was complete.
     """
 
     chosen: SnapshotId | None
-    sources: tuple[Held, ...]
+    sources: tuple[Held | Rebuilt, ...]
     rejected: tuple[Rejected, ...]
     loss: str | None
 
@@ -57,28 +93,50 @@ class Plan:
             lines.append("nothing to restore")
         else:
             lines.append(f"restore {self.chosen} (generation {self.chosen.generation})")
-            lines += [f"  rank {h.rank}: {h.path} of agent {h.agent}, {h.image_bytes} bytes" for h in self.sources]
+            lines += [f"  rank {source.rank}: {_words(source)}" for source in self.sources]
         if self.loss:
             lines.append(self.loss)
         return "\n".join(lines)
 
 
-def plan(held: Iterable[Held], world: int, damaged: Iterable[tuple[SnapshotId, int]] = ()) -> Plan:
-    """Choose the newest snapshot all of whose *world* images are held.
+def _words(source: Held | Rebuilt) -> str:
+    if isinstance(source, Held):
+        return f"{source.path} of agent {source.agent}, {source.image_bytes} bytes"
+    return f"held by nobody; rebuilt with the parity of {', '.join(source.agents)}"
+
+
+def plan(
+    held: Iterable[Held],
+    world: int,
+    damaged: Iterable[tuple[SnapshotId, int]] = (),
+    parities: Iterable[HeldParity] = (),
+    hopeless: Iterable[tuple[SnapshotId, int]] = (),
+) -> Plan:
+    """Choose the newest snapshot all of whose *world* images are held, or can be rebuilt.
 
     Args:
         held: every sealed image that any agent reports; order and repetitions do not matter.
         world: the number of ranks that want their state back.
         damaged: (snapshot, rank) pairs already found not to match their checksums; they count as not held.
+        parities: every sealed parity that any agent reports. An image is rebuilt only of a snapshot known to have been
+            complete: of any other, nobody knows whether the lost rank had sealed it.
+        hopeless: (snapshot, rank) pairs that could not be rebuilt.
     """
-    bad = frozenset(damaged)
+    bad, beyond = frozenset(damaged), frozenset(hopeless)
     images: dict[SnapshotId, list[Held]] = {}
     for image in held:
         images.setdefault(image.id, []).append(image)
+    guards: dict[SnapshotId, list[HeldParity]] = {}
+    for parity in parities:
+        guards.setdefault(parity.id, []).append(parity)
     rejected: list[Rejected] = []
     known = _known_complete(images)
     for id in sorted(images.keys() | known, reverse=True):
-        sources, reason = _sources(images.get(id, []), world, bad)
+        good = [image for image in images.get(id, []) if (id, image.rank) not in bad]
+        lost = frozenset(rank for its, rank in beyond if its == id)
+        spoiled = frozenset(rank for its, rank in bad if its == id)
+        help_ = guards.get(id, []) if id in known else []
+        sources, reason = _sources(images.get(id, []), good, help_, world, lost, spoiled)
         if reason is None:
             return Plan(id, sources, tuple(rejected), _loss(rejected, known))
         rejected.append(Rejected(id, reason))
@@ -86,34 +144,79 @@ def plan(held: Iterable[Held], world: int, damaged: Iterable[tuple[SnapshotId, i
 
 
 def _sources(
-    images: Sequence[Held], world: int, bad: frozenset[tuple[SnapshotId, int]]
-) -> tuple[tuple[Held, ...], str | None]:
-    """One image per rank, or why that cannot be."""
+    images: Sequence[Held],
+    good: Sequence[Held],
+    parities: Sequence[HeldParity],
+    world: int,
+    lost: frozenset[int],
+    spoiled: frozenset[int],
+) -> tuple[tuple[Held | Rebuilt, ...], str | None]:
+    """A source for each rank's image, or why that cannot be."""
     if not images:
         return (), "known to have been complete, but no image of it is left"
     worlds = sorted({image.world for image in images})
     if worlds != [world]:
         return (), f"taken by {' or '.join(map(str, worlds))} ranks, and this job has {world}"
-    by_rank: dict[int, Held] = {}
-    spoiled: set[int] = set()
-    for image in sorted(images, key=lambda image: (image.agent, image.path)):
-        if (image.id, image.rank) in bad:
-            spoiled.add(image.rank)
-        else:
-            by_rank.setdefault(image.rank, image)
+    by_rank: dict[int, Held | Rebuilt] = {}
+    for image in sorted(good, key=lambda image: (image.agent, image.path)):
+        by_rank.setdefault(image.rank, image)
+    there = frozenset(by_rank)
+    for rank in range(world):
+        if rank not in there and rank not in lost and (rebuilt := _rebuilt(rank, there, parities)) is not None:
+            by_rank[rank] = rebuilt
     missing = [rank for rank in range(world) if rank not in by_rank]
     if missing:
         words = [f"rank {rank} {'damaged' if rank in spoiled else 'missing'}" for rank in missing[:8]]
         more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-        return (), f"{len(missing)} of {world} images cannot be had: {', '.join(words)}{more}"
+        short = "" if not parities else f"; {_shortage(missing[0], there, parities)}"
+        return (), f"{len(missing)} of {world} images cannot be had: {', '.join(words)}{more}{short}"
     return tuple(by_rank[rank] for rank in range(world)), None
 
 
+def _rebuilt(rank: int, there: frozenset[int], parities: Sequence[HeldParity]) -> Rebuilt | None:
+    """How to rebuild the image of *rank* when those of *there* are held; None if no group can."""
+    for key in sorted({parity.key for parity in parities if rank in parity.ranks}):
+        mates = [parity for parity in parities if parity.key == key]
+        if _stripes_short(mates, there) == 0:
+            return Rebuilt(rank, key, tuple(sorted({mate.agent for mate in mates})))
+    return None
+
+
+def _stripes_short(mates: Sequence[HeldParity], there: frozenset[int]) -> int:
+    """How many pieces the stripe with the fewest lacks, of those needed to compute the others (design: section 7)."""
+    n, m, ranks = len(mates[0].ranks), mates[0].tolerance, mates[0].ranks
+    cells = {mate.index for mate in mates}
+    short = 0
+    for stripe in range(n):
+        holders = {(stripe + row) % n for row in range(m)}
+        data = sum(ranks[i] == -1 or ranks[i] in there for i in range(n) if i not in holders)
+        short = max(short, n - m - data - len(holders & cells))
+    return short
+
+
+def _shortage(rank: int, there: frozenset[int], parities: Sequence[HeldParity]) -> str:
+    """Why *rank* cannot be rebuilt."""
+    mates = [parity for parity in parities if rank in parity.ranks]
+    if not mates:
+        return f"no parity of rank {rank} is left"
+    best = min({p.key for p in mates}, key=lambda key: (_stripes_short([p for p in mates if p.key == key], there), key))
+    group = [p for p in mates if p.key == best]
+    gone = [r for r in group[0].ranks if r != -1 and r not in there]
+    return (
+        f"the group of ranks {', '.join(str(r) for r in group[0].ranks if r != -1)} survives the loss of "
+        f"{group[0].tolerance} of its {len(group[0].ranks)} members; the images of ranks {', '.join(map(str, gone))} "
+        f"are lost, and the parity of {len(group[0].ranks) - len(group)} members"
+    )
+
+
 def _known_complete(images: dict[SnapshotId, list[Held]]) -> set[SnapshotId]:
-    """Snapshots that were complete on all ranks once: those whose images are all here, and watermarks in records."""
+    """Snapshots that were complete on all ranks once: those whose images are all here or say so, and watermarks in
+    records."""
     known: set[SnapshotId] = set()
     for id, copies in images.items():
         known.update(SnapshotId(id.generation, c.watermark, id.run) for c in copies if c.watermark != NONE)
+        if any(c.complete for c in copies):
+            known.add(id)
         if any(
             {c.rank for c in copies if c.world == world} == set(range(world)) for world in {c.world for c in copies}
         ):

@@ -147,7 +147,7 @@ def held(node: Node) -> list[tuple[int, int]]:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"protocol": PROTOCOL + 1}, AgentMismatch, "protocol 2.*restart the agent"),
+        ({"protocol": PROTOCOL + 1}, AgentMismatch, f"protocol {PROTOCOL + 1}.*restart the agent"),
         ({"protocol": 0}, AgentMismatch, "protocol 0"),
         ({"job": "somebody-elses"}, AgentMismatch, "somebody-elses"),
         ({"slots": 0}, ConfigError, "0 slots"),

@@ -286,7 +286,7 @@ def changing(here: Rank) -> dict[str, Any]:
             _extended(job)
         if sealed(here, ckpt, step):
             taken.append(step)
-        watermarks.append(ckpt.watermark)
+        watermarks.append(ckpt.watermark or 0)
     wanted = job.bits()
     skipped = dict(ckpt.stats().skipped)
     ckpt.close(ended=False)

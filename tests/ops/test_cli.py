@@ -23,7 +23,7 @@ import pytest
 from holdfast.agent import wire_pb2 as wire
 from holdfast.agent.client import Attachment, hello, place_of
 from holdfast.agent.settings import NodeSettings
-from holdfast.erasure.kernel import BLOCK_BYTES, crc32c
+from holdfast.erasure.kernel import crc32c
 from holdfast.errors import ConfigError, SnapshotUnknown, every_error
 from holdfast.ops import answers, cli
 from holdfast.ops.answers import Copy, Snapshot, whom
@@ -36,7 +36,7 @@ DEADLINE_S = 30.0
 DOCS = Path(cli.__file__).parents[1] / "docs" / "cli.md"
 RUN, OTHER_RUN = "a" * 32, "b" * 32
 VALUES = b"not tensors"
-BIG = BLOCK_BYTES // 4  # float32 elements in one block
+BIG = 1 << 20  # float32 elements; 4 MiB
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -415,20 +415,20 @@ def test_inspect_shows_damage_and_fails_with_the_exit_code_of_corrupt(cluster: C
     trainer = cluster.trainer(cluster.node(), image_bytes=layout.values_offset + len(VALUES))
     path = trainer.seal(0, SnapshotId(1, 5, RUN), layout, bytes(layout.values_offset) + VALUES)
     assert document(holdfast, "inspect", "/5")["sound"]
-    with open(path, "r+b") as file:  # one bit, in the first byte of the second block
-        file.seek(os.path.getsize(path) - trainer._slots[0].place.image_bytes + BLOCK_BYTES)
+    with open(path, "r+b") as file:  # one bit, in the first byte of the second tensor
+        file.seek(os.path.getsize(path) - trainer._slots[0].place.image_bytes + 4 * BIG)
         file.write(b"\1")
 
     code, out, err = holdfast("inspect", f"{RUN}/5", "--json")
     assert code == 14
-    assert f"{path} (rank 0): 1 of 3 blocks" in err
+    assert f"{path} (rank 0): 1 of 65 blocks" in err
     found = json.loads(out)
-    assert (found["sound"], found["images"][0]["bad_blocks"]) == (False, [1])
+    assert (found["sound"], found["images"][0]["bad_blocks"]) == (False, [32])
     assert [t["slices"][0]["damaged"] for t in found["tensors"]] == [False, True]
     assert [v["damaged"] for v in found["values"]] == [False]
 
     code, out, _ = holdfast("inspect", f"{RUN}/5")
-    assert (code, out.count("DAMAGED"), "damaged: rank 0, blocks 1 of" in out) == (14, 1, True)
+    assert (code, out.count("DAMAGED"), "damaged: rank 0, blocks 32 of" in out) == (14, 1, True)
 
 
 def test_an_unknown_snapshot_has_its_own_exit_code(cluster: Cluster, holdfast: Holdfast) -> None:

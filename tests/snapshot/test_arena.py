@@ -92,7 +92,13 @@ def test_places_are_whole_pages(folder: Path) -> None:
 @pytest.mark.parametrize("rank", [0, 7, 99_999, 100_000, 12_345_678])
 def test_names_are_read_as_they_are_written(folder: Path, rank: int) -> None:
     place = place_for(folder, rank, 12, table_bytes=1, image_bytes=1)
-    assert parse_name(Path(place.path).name) == (rank, 12)
+    assert parse_name(Path(place.path).name) == (rank, 12, False)
+
+
+def test_cells_have_names_of_their_own(folder: Path) -> None:
+    cell = place_for(folder, 3, 1, table_bytes=1, image_bytes=1, parity=True)
+    assert Path(cell.path).name == "lane-00003.cell-1"
+    assert parse_name(Path(cell.path).name) == (3, 1, True)
 
 
 @pytest.mark.parametrize("name", ["", "rank-1.slot-0", "rank-00001.slot-", "rank-00001.slot-0.new", "x-rank-00001.slot-0",

@@ -1,0 +1,74 @@
+"""How an agent talks to the other agents of its job: small gRPC calls, each with a deadline."""
+
+from __future__ import annotations
+
+from typing import Any, Final, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from . import wire_pb2 as wire
+from .client import CHANNEL_OPTIONS, SERVICE, translated
+from .trust import Trust
+
+_CALL_S: Final = 5.0
+Reply = TypeVar("Reply", bound=Message)
+
+
+class Peers:
+    """The other agents, by address. All methods run on the event loop, and raise ``HoldfastError``."""
+
+    def __init__(self, job: str, agent: str, trust: Trust | None) -> None:
+        self._job = job
+        self._agent = agent
+        self._trust = trust
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    async def offer(self, address: str, offer: wire.Offer) -> wire.OfferReply:
+        """Tell of an image."""
+        offer.job, offer.agent = self._job, self._agent
+        return await self._ask(address, "Offer", offer, wire.OfferReply)
+
+    async def offers(self, address: str) -> wire.OfferList:
+        """What that agent offers now."""
+        request = wire.OffersRequest(job=self._job, agent=self._agent)
+        return await self._ask(address, "Offers", request, wire.OfferList)
+
+    async def grant(self, address: str, request: wire.GrantRequest) -> wire.GrantReply:
+        """A token for the bulk port."""
+        request.job, request.agent = self._job, self._agent
+        return await self._ask(address, "Grant", request, wire.GrantReply)
+
+    async def manifest(self, address: str, request: wire.ManifestRequest) -> wire.Manifest:
+        """What is needed to verify an image, or a parity cell."""
+        request.job, request.agent = self._job, self._agent
+        return await self._ask(address, "GetManifest", request, wire.Manifest)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        for channel in self._channels.values():
+            await channel.close()
+        self._channels.clear()
+
+    async def _ask(self, address: str, method: str, request: Message, reply: type[Reply]) -> Reply:
+        call: grpc.aio.UnaryUnaryMultiCallable[Any, Any] = self._channel(address).unary_unary(
+            f"/{SERVICE}/{method}",
+            request_serializer=lambda message: message.SerializeToString(),
+            response_deserializer=reply.FromString,
+        )
+        try:
+            answer: Reply = await call(request, timeout=_CALL_S)
+        except grpc.RpcError as error:
+            raise translated(error, f"{method} of the agent at {address}", _CALL_S) from error
+        return answer
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        found = self._channels.get(address)
+        if found is None:
+            if self._trust is None:
+                found = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+            else:
+                options = [*CHANNEL_OPTIONS, *self._trust.channel_options()]
+                found = grpc.aio.secure_channel(address, self._trust.channel_credentials(), options=options)
+            self._channels[address] = found
+        return found

@@ -1,0 +1,511 @@
+"""Does what ``guard`` decides: offers images, pulls and accumulates parity, rebuilds what is lost, and answers its peers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, Final
+
+from ..erasure.placement import Node, Protection, groups, shared
+from ..erasure.stripes import Geometry, Kind, Term, parity_terms
+from ..errors import AgentMismatch, ConfigError, Corrupt, HoldfastError, SnapshotUnknown, SourceGone
+from ..snapshot.arena import Slot
+from ..snapshot.beat import NONE
+from ..snapshot.record import Record, SnapshotId, block_bytes_for, table_bytes_for
+from . import wire_pb2 as wire
+from .arenas import Arenas, recorded
+from .bulk import BulkServer, Piece, Stream
+from .client import id_of, wire_id
+from .combine import Combiner, Outcome, Source, SourceFailed, Where
+from .guard import (
+    Abandon,
+    Accumulate,
+    Action,
+    AskOffers,
+    Drop,
+    Guard,
+    Offer,
+    SendOffer,
+    Table,
+    TellGuarded,
+    TellUnguarded,
+)
+from .manifest import CellTable, Manifest
+from .peers import Peers
+from .rebuild import Rebuilder
+from .trust import Trust
+
+_log = logging.getLogger(__name__)
+_TICK_S: Final = 0.1
+_REPEAT_FROM_S: Final = 0.05
+_REPEAT_UP_TO_S: Final = 1.0
+_STREAM_S: Final = 600.0  # for one member's bytes; streams that stand still are given up much sooner
+_STREAMS: Final = 32  # threads that receive, at most
+_MEMBER_ROOM: Final = 1024  # of a cell's table, for each member, besides its checksums and layout
+
+
+class Protector:
+    """One agent's part in its group. All methods run on the event loop; heavy work goes to threads."""
+
+    def __init__(
+        self,
+        name: str,
+        job: str,
+        arenas: Arenas,
+        bulk: BulkServer,
+        peers: Peers,
+        trust: Trust | None,
+        tell: Callable[[wire.FromAgent], None],
+    ) -> None:
+        """*tell* says something to all trainers of this node that are there."""
+        self._name = name
+        self._job = job
+        self._arenas = arenas
+        self._bulk = bulk
+        self._peers = peers
+        self._tls = trust.client_context() if trust is not None else None
+        self._tell = tell
+        self._guard = Guard()
+        self._roster: tuple[bytes, wire.Rostered] | None = None
+        self._addresses: tuple[str, ...] = ()
+        self._manifests: dict[Offer, Manifest] = {}
+        self._layouts: dict[tuple[str, int], dict[int, bytes]] = {}  # by agent and rank: texts by their checksum
+        self._known: dict[tuple[str, int], int] = {}  # by address and rank: checksum of the layout that the peer knows
+        self._filling: dict[int, asyncio.Task[None]] = {}
+        self._talking: set[asyncio.Task[None]] = set()
+        self._reachable: dict[str, bool] = {}
+        self._pool = ThreadPoolExecutor(_STREAMS, "combine")
+        self._assembling = asyncio.Lock()
+        self._status = wire.GroupStatus()
+        self._materialising: dict[tuple[SnapshotId, int], asyncio.Lock] = {}
+        self._materialised: dict[tuple[SnapshotId, int], wire.MaterialiseReply] = {}
+        self._ranks: tuple[int, ...] = ()
+
+    async def close(self) -> None:
+        """End all work."""
+        work = [*self._talking, *self._filling.values()]
+        for task in work:
+            task.cancel()
+        if work:
+            await asyncio.wait(work)
+        self._pool.shutdown(wait=True)
+
+    async def keep_time(self) -> None:
+        """Runs as long as the agent does."""
+        while True:
+            await asyncio.sleep(_TICK_S)
+            self._perform(self._guard.tick(time.monotonic()))
+
+    # -- who is there ------------------------------------------------------------------------------------------------
+
+    async def assemble(self, roster: wire.Roster) -> wire.Rostered:
+        """Take the job's word for who is there; reserve memory for parity. Every trainer says the same, the first counts.
+
+        Raises:
+            BudgetExceeded: parity does not fit.
+            ConfigError: this agent is not among them, or not once.
+        """
+        said = roster.SerializeToString(deterministic=True)
+        async with self._assembling:
+            if self._roster is not None and self._roster[0] == said:
+                return self._roster[1]
+            self._roster = None
+            answer = await self._assemble(roster)
+            self._roster = said, answer
+            return answer
+
+    async def _assemble(self, roster: wire.Roster) -> wire.Rostered:
+        table, peers = self._table(roster)
+        self._materialising.clear()
+        self._materialised.clear()
+        self._ranks = next(tuple(peer.ranks) for peer in roster.peers if peer.agent == self._name)
+        floor = id_of(roster.floor) if roster.HasField("floor") else None
+        if table is None:
+            self._perform(self._guard.assemble(None, roster.run, floor, [], roster.timeout_s))
+            self._addresses = ()
+            return wire.Rostered(alone=True)
+        n, m = len(peers), table.tolerance
+        capacity = max(peer.image_bytes for peer in peers)
+        geometry = Geometry.of([capacity] * n, m, block_bytes_for(capacity))
+        text_bytes = sum(peer.table_bytes + _MEMBER_ROOM for peer in peers)
+        reserve = partial(
+            self._arenas.reserve_cells,
+            table.lanes,
+            max(peer.slots for peer in peers),
+            image_bytes=geometry.parity_bytes,
+            table_bytes=table_bytes_for(geometry.parity_bytes, text_bytes),
+        )
+        for task in self._filling.values():
+            task.cancel()
+        if self._filling:
+            await asyncio.wait(self._filling.values())
+        await asyncio.to_thread(reserve)
+        self._addresses = tuple(peer.address for peer in peers)
+        self._known.clear()
+        self._manifests.clear()
+        cells = self._arenas.cells()[: table.lanes]
+        actions = self._guard.assemble(table, roster.run, floor, cells, roster.timeout_s)
+        self._perform(actions)
+        for held in self._arenas.inventory():
+            if held.id.run == roster.run or held.id == floor:
+                keep = SnapshotId(held.id.generation, held.watermark, held.id.run) if held.watermark != NONE else floor
+                self.recorded(held.rank, held.id, keep if held.id.run == roster.run else floor)
+        return wire.Rostered(alone=False)
+
+    def _table(self, roster: wire.Roster) -> tuple[Table | None, list[wire.Peer]]:
+        """This agent's group, in the order of the members' first ranks: who replaces a lost node takes its place."""
+        by_node = {f"{min(peer.ranks):09d}": peer for peer in roster.peers}
+        if sum(peer.agent == self._name for peer in roster.peers) != 1:
+            names = ", ".join(sorted(peer.agent for peer in roster.peers))
+            raise ConfigError(f"agent {self._name} is not there, or more than once: {names}; give each a --name")
+        nodes = [Node(name, tuple((d.level, d.name) for d in peer.domains)) for name, peer in by_node.items()]
+        for group in groups(nodes, Protection.parse(roster.protect)):
+            peers = [by_node[name] for name in sorted(group.members)]
+            agents = tuple(peer.agent for peer in peers)
+            if self._name in agents:
+                for line in shared(group, nodes):
+                    _log.warning("%s", line)
+                ranks = tuple(tuple(sorted(peer.ranks)) for peer in peers)
+                return Table(agents, ranks, agents.index(self._name), group.m), peers
+        return None, []
+
+    # -- images of this node -----------------------------------------------------------------------------------------
+
+    def recorded(self, rank: int, id: SnapshotId, keep: SnapshotId | None) -> None:
+        """An image of this node is recorded, and may be pulled. *keep*: what must not be lost before it is protected."""
+        table = self._guard.table
+        place = table.find(rank) if table is not None else None
+        if table is None or place is None or place[0] != table.me:
+            return
+        manifest = self._arenas.manifest(rank, id)
+        if manifest is None:
+            _log.warning("the image of %s of rank %d cannot be read, and will not be protected", id, rank)
+            return
+        offer = manifest.offer(*place)
+        self._manifests[offer] = manifest
+        self._perform(self._guard.recorded(offer, keep, time.monotonic()))
+
+    def complete(self, id: SnapshotId) -> None:
+        """All ranks have sealed *id*, and if it is of this run, what former lives left here is of no use any more."""
+        if id.run == self._guard.run and self._ranks:
+            self._arenas.reclaim(self._ranks)
+            self._ranks = ()
+
+    def withdrawn(self, id: SnapshotId) -> None:
+        """A rank of this node gave the snapshot up."""
+        self._perform(self._guard.withdrawn(id))
+
+    # -- carrying out ------------------------------------------------------------------------------------------------
+
+    def _perform(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            match action:
+                case SendOffer(member, offer):
+                    self._talk(self._send_offer(member, offer))
+                case AskOffers(member):
+                    self._talk(self._ask_offers(member))
+                case Accumulate():
+                    self._start(action)
+                case Abandon(attempt) if attempt in self._filling:
+                    self._filling[attempt].cancel()
+                case Drop(lane, cell):
+                    self._arenas.drop_cell(lane, cell)
+                case TellGuarded(id):
+                    self._status.protected.CopyFrom(wire_id(id))
+                    self._tell(wire.FromAgent(guarded=wire.Guarded(id=wire_id(id))))
+                case TellUnguarded(id, reason):
+                    _log.warning("%s: %s", id, reason)
+                    self._tell(wire.FromAgent(unguarded=wire.Unguarded(id=wire_id(id), reason=reason)))
+        known = self._guard.offers()
+        if len(self._manifests) > len(known):
+            self._manifests = {offer: self._manifests[offer] for offer in known if offer in self._manifests}
+
+    def _start(self, action: Accumulate) -> None:
+        task = asyncio.create_task(self._accumulate(action))
+        self._filling[action.attempt] = task
+        task.add_done_callback(partial(self._filled, action.attempt))
+
+    def _talk(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._talking.add(task)
+        task.add_done_callback(self._talked)
+
+    def _talked(self, task: asyncio.Task[None]) -> None:
+        self._talking.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            _log.error("talking to a peer: %s", error, exc_info=error)
+
+    def _filled(self, attempt: int, task: asyncio.Task[None]) -> None:
+        self._filling.pop(attempt, None)
+        if not task.cancelled() and (error := task.exception()):
+            _log.error("filling a cell: %s", error, exc_info=error)
+
+    async def _send_offer(self, member: int, offer: Offer) -> None:
+        """Repeat until the peer has heard it, or it is out of date."""
+        address, pause_s = self._addresses[member], _REPEAT_FROM_S
+        while (manifest := self._manifests.get(offer)) is not None and offer in self._guard.mine():
+            crc, known = manifest.record.layout_crc, self._known.get((address, offer.rank))
+            message = wire.Offer(
+                rank=offer.rank,
+                record=manifest.record.to_bytes(),
+                checks=manifest.checks.tobytes(),
+                layout=b"" if known == crc else manifest.layout,
+            )
+            try:
+                reply = await self._peers.offer(address, message)
+            except HoldfastError as error:
+                self._note(address, error)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _REPEAT_UP_TO_S)
+                continue
+            self._note(address, None)
+            if not reply.need_layout:
+                self._known[address, offer.rank] = crc
+                return
+            self._known.pop((address, offer.rank), None)
+
+    async def _ask_offers(self, member: int) -> None:
+        """Repeat until the peer has answered, or the group is another."""
+        table, address, pause_s = self._guard.table, self._addresses[member], _REPEAT_FROM_S
+        while table is self._guard.table:
+            try:
+                reply = await self._peers.offers(address)
+            except HoldfastError as error:
+                self._note(address, error)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _REPEAT_UP_TO_S)
+                continue
+            self._note(address, None)
+            for offer in reply.offers:
+                self._hear_offer(offer)
+            return
+
+    def _note(self, address: str, error: HoldfastError | None) -> None:
+        """Whether a peer can be reached is logged when it changes."""
+        before = self._reachable.get(address, True)
+        self._reachable[address] = error is None
+        if error is not None and before:
+            _log.warning("peer %s: %s; snapshots are not protected until it is back", address, error)
+        elif error is None and not before:
+            _log.warning("peer %s is back", address)
+
+    # -- parity ------------------------------------------------------------------------------------------------------
+
+    async def _accumulate(self, action: Accumulate) -> None:
+        """Fill a cell, and report what came of it."""
+        began_s, gone = time.monotonic(), None
+        try:
+            outcome = await self._fill(action)
+        except SourceFailed as error:
+            gone = error.where[0] if isinstance(error.error, SourceGone) else None
+            reason = f"pulling from {self._member_name(error.where[0])}: {error}"
+        except (HoldfastError, OSError) as error:
+            reason = str(error)
+        else:
+            self._status.pulled_bytes = outcome.pulled_bytes
+            self._status.protect_s = time.monotonic() - began_s
+            self._perform(self._guard.filled(action.lane, action.attempt, time.monotonic()))
+            return
+        _log.warning("%s: parity of lane %d: %s", action.id, action.lane, reason)
+        self._perform(self._guard.failed(action.lane, action.attempt, reason, time.monotonic(), gone))
+
+    async def _fill(self, action: Accumulate) -> Outcome:
+        table = self._guard.table
+        assert table is not None
+        manifests = tuple(None if offer is None else self._manifests[offer] for offer in action.offers)
+        said = CellTable(manifests, table.me, table.tolerance, action.key)
+        text = said.to_text()
+        geometry = Geometry.of(said.lengths, table.tolerance, said.unit)
+        terms = parity_terms(geometry, said.lengths, table.me)
+        sizes = {
+            "image_bytes": geometry.parity_bytes,
+            "table_bytes": table_bytes_for(geometry.parity_bytes, len(text)),
+        }
+        slot = await asyncio.to_thread(self._open_cell, action, sizes)
+        sources = {
+            (index, Kind.IMAGE): self._peer_image(self._addresses[index], manifest, "protect")
+            for index, manifest in enumerate(manifests)
+            if manifest is not None and index != table.me
+        }
+        outcome = await self._combine(slot.image[: geometry.parity_bytes], said.unit, terms, sources)
+        if outcome.damaged:
+            raise Corrupt(f"damaged at their owners: {self._damage(outcome, manifests)}")
+        await asyncio.to_thread(
+            self._arenas.seal_cell, action.lane, action.cell, action.id, said, text, geometry.parity_bytes
+        )
+        return outcome
+
+    def _open_cell(self, action: Accumulate, sizes: dict[str, int]) -> Slot:
+        slot = self._arenas.open_cell(action.lane, action.cell, **sizes)
+        slot.image[: sizes["image_bytes"]] = 0
+        return slot
+
+    async def _combine(self, target: Any, unit: int, terms: Sequence[Term], sources: dict[Where, Source]) -> Outcome:
+        outcome = await Combiner(target, unit, self._pool).run(terms, sources)
+        self._status.damaged += outcome.refused
+        return outcome
+
+    def _damage(self, outcome: Outcome, manifests: Sequence[Manifest | None]) -> str:
+        """Like "rank 3: 2 pieces"."""
+        said = [(manifests[member], len(pieces)) for (member, _), pieces in outcome.damaged.items()]
+        return ", ".join(f"rank {m.record.rank}: {count} pieces" for m, count in said if m is not None)
+
+    def _member_name(self, member: int) -> str:
+        table = self._guard.table
+        return table.agents[member] if table is not None and member < len(table.agents) else f"member {member}"
+
+    # -- sources -----------------------------------------------------------------------------------------------------
+
+    def _peer_image(self, address: str, manifest: Manifest, purpose: str) -> Source:
+        record = manifest.record
+        request = wire.GrantRequest(
+            id=wire_id(record.id),
+            purpose=purpose,
+            image=wire.ImageSource(rank=record.rank, checks_crc=record.checks_crc),
+        )
+        opened = partial(self._open, address, request)
+        return Source(record.image_bytes, record.block_bytes, manifest.checks, open=opened)
+
+    async def _open(self, address: str, like: wire.GrantRequest, ranges: Sequence[tuple[int, int]]) -> Stream:
+        """Ask a peer for these ranges."""
+        request = wire.GrantRequest()
+        request.CopyFrom(like)
+        request.ranges.extend(wire.Range(offset=offset, nbytes=nbytes) for offset, nbytes in ranges)
+        reply = await self._peers.grant(address, request)
+        host = address.rpartition(":")[0].strip("[]")
+        return Stream(host, reply.port, reply.token, peer=address, tls=self._tls, deadline_s=_STREAM_S)
+
+    # -- what peers ask ----------------------------------------------------------------------------------------------
+
+    def offer(self, message: wire.Offer) -> wire.OfferReply:
+        """A peer has an image. Raises ``AgentMismatch``, ``Corrupt``."""
+        self._check_peer(message.job, message.agent)
+        return wire.OfferReply(need_layout=not self._hear_offer(message))
+
+    def offers(self, request: wire.OffersRequest) -> wire.OfferList:
+        """What this agent offers now, in full. Raises ``AgentMismatch``."""
+        self._check_peer(request.job, request.agent)
+        return wire.OfferList(
+            offers=[
+                wire.Offer(
+                    job=self._job,
+                    agent=self._name,
+                    rank=offer.rank,
+                    record=manifest.record.to_bytes(),
+                    checks=manifest.checks.tobytes(),
+                    layout=manifest.layout,
+                )
+                for offer in self._guard.mine()
+                if (manifest := self._manifests.get(offer)) is not None
+            ]
+        )
+
+    def grant(self, request: wire.GrantRequest) -> wire.GrantReply:
+        """Let a peer pull bytes. Raises ``AgentMismatch``, ``SnapshotUnknown``."""
+        self._check_peer(request.job, request.agent)
+        id = id_of(request.id)
+        if request.WhichOneof("source") == "parity":
+            slot, record = self._cell(id, request.parity)
+            still = partial(_holds, slot.sealed_record, record)
+        else:
+            found = self._arenas.image(request.image.rank, id, request.image.checks_crc)
+            record_now = recorded(found) if found is not None else None
+            if found is None or record_now is None:
+                raise SnapshotUnknown(f"agent {self._name} has no image of {id} of rank {request.image.rank}")
+            slot, record = found, record_now
+            still = partial(_holds, partial(recorded, slot), record)
+        if any(r.offset + r.nbytes > record.image_bytes for r in request.ranges):
+            raise Corrupt(f"{request.agent} asks for bytes beyond the {record.image_bytes} of {id}")
+        pieces = [Piece(r.nbytes, partial(_view, slot, still, r.offset, r.nbytes)) for r in request.ranges]
+        token = self._bulk.grant(pieces, purpose=f"{request.purpose} {id}", peer=request.agent)
+        return wire.GrantReply(token=token, port=self._bulk.port)
+
+    def manifest(self, request: wire.ManifestRequest) -> wire.Manifest:
+        """What is needed to verify an image, or a cell. Raises ``AgentMismatch``, ``SnapshotUnknown``."""
+        self._check_peer(request.job, request.agent)
+        id = id_of(request.id)
+        if request.WhichOneof("source") == "parity":
+            slot, record = self._cell(id, request.parity)
+            checks, text = slot.read_tables(record)
+            return wire.Manifest(record=record.to_bytes(), checks=checks.tobytes(), text=text)
+        manifest = self._arenas.manifest(request.image.rank, id, request.image.checks_crc)
+        if manifest is None:
+            raise SnapshotUnknown(f"agent {self._name} has no image of {id} of rank {request.image.rank}")
+        return wire.Manifest(record=manifest.record.to_bytes(), checks=manifest.checks.tobytes(), text=manifest.layout)
+
+    def _cell(self, id: SnapshotId, cell: wire.ParityCell) -> tuple[Slot, Record]:
+        found = self._arenas.cell(cell.lane, id, cell.key)
+        if found is None:
+            raise SnapshotUnknown(f"agent {self._name} has no parity of {id} of lane {cell.lane}")
+        return found
+
+    def _check_peer(self, job: str, agent: str) -> None:
+        if job != self._job:
+            _log.warning("refused: agent %r of job %r asks, and this one serves %r", agent, job, self._job)
+            raise AgentMismatch(f"agent {self._name} serves job {self._job!r}, not {job!r}")
+
+    def _hear_offer(self, message: wire.Offer) -> bool:
+        """Note a peer's image; False if its layout is not known here."""
+        table = self._guard.table
+        place = table.find(message.rank) if table is not None else None
+        if table is None or place is None or table.agents[place[0]] != message.agent:
+            return True  # of a group that we know nothing of (yet): whoever joins asks for offers
+        record, _ = Record.from_bytes(message.record)
+        layouts = self._layouts.setdefault((message.agent, message.rank), {})
+        if message.layout:
+            layouts[record.layout_crc] = message.layout
+            for old in list(layouts)[:-2]:
+                del layouts[old]
+        layout = layouts.get(record.layout_crc)
+        if layout is None:
+            return False
+        manifest = Manifest.of(message.record, message.checks, layout)
+        offer = manifest.offer(*place)
+        self._manifests.setdefault(offer, manifest)
+        self._perform(self._guard.offered(offer, time.monotonic()))
+        return True
+
+    # -- bringing back -----------------------------------------------------------------------------------------------
+
+    async def materialise(self, request: wire.MaterialiseRequest) -> wire.MaterialiseReply:
+        """Have an image here, verified, wherever it comes from.
+
+        Raises ``SnapshotLost`` if nobody has it and it cannot be rebuilt; ``BudgetExceeded``.
+        """
+        what = (id_of(request.id), request.rank)
+        async with self._materialising.setdefault(what, asyncio.Lock()):  # several ranks may need the same image
+            if (done := self._materialised.get(what)) is None:
+                rebuilder = Rebuilder(self._name, self._arenas, self._peers, self._open, self._combine)
+                done = self._materialised[what] = await rebuilder.run(request)
+                _log.info("%s of rank %d: %s", what[0], request.rank, done.how)
+            return done
+
+    def status(self) -> wire.GroupStatus | None:
+        """For ``holdfast status``; None without a group."""
+        table = self._guard.table
+        if table is None:
+            return None
+        status = wire.GroupStatus()
+        status.CopyFrom(self._status)
+        status.tolerance = table.tolerance
+        status.parity_bytes = self._arenas.parity_bytes
+        status.trouble = self._guard.trouble()
+        for index, (agent, ranks) in enumerate(zip(table.agents, table.ranks, strict=True)):
+            address = self._addresses[index]
+            there = index == table.me or self._reachable.get(address, True)
+            status.members.append(wire.MemberStatus(agent=agent, address=address, ranks=ranks, reachable=there))
+        return status
+
+
+def _holds(look: Callable[[], Record | None], record: Record) -> bool:
+    found = look()
+    return found is not None and (found.id, found.nonce) == (record.id, record.nonce)
+
+
+def _view(slot: Slot, still: Callable[[], bool], offset: int, nbytes: int) -> memoryview | None:
+    """The bytes, if the slot still holds them."""
+    return slot.image[offset : offset + nbytes].data if still() else None

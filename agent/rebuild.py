@@ -1,0 +1,240 @@
+"""Having an image on this node: as it is here, fetched from another agent, or computed from its group; always verified.
+
+Whatever proves damaged on the way is an erasure: what was to come from there is computed from other members instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ..crashpoints import reach
+from ..erasure.stripes import Geometry, Kind, Term, Unrecoverable, rebuild_terms
+from ..errors import Corrupt, HoldfastError, SnapshotLost
+from ..snapshot.arena import Slot
+from ..snapshot.record import Record, SnapshotId
+from . import wire_pb2 as wire
+from .arenas import Arenas
+from .bulk import Stream
+from .client import id_of, wire_id
+from .combine import Outcome, Piece, Source, SourceFailed, Where
+from .manifest import CellTable, Manifest
+from .peers import Peers
+
+_log = logging.getLogger(__name__)
+
+Combine = Callable[[Any, int, Sequence[Term], dict[Where, Source]], Awaitable[Outcome]]
+Open = Callable[[str, wire.GrantRequest, Sequence[tuple[int, int]]], Awaitable[Stream]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Group:
+    """A group that can compute an image: what one of its cells says, and what of it can still be had."""
+
+    table: CellTable
+    lost: int  # index of the member whose image is wanted
+    sources: dict[Where, Source]
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry.of(self.table.lengths, self.table.tolerance, self.table.unit)
+
+    def terms(self, without: set[Where], start: int = 0, end: int | None = None) -> list[Term]:
+        """What computes that range of the image. Raises ``Unrecoverable``."""
+        having = self.sources.keys() - without
+        images = [i for i, manifest in enumerate(self.table.manifests) if manifest is None]
+        images += [member for member, kind in having if kind is Kind.IMAGE]
+        parities = [member for member, kind in having if kind is Kind.PARITY]
+        return rebuild_terms(self.geometry, self.table.lengths, self.lost, images, parities, start, end)
+
+
+class Rebuilder:
+    """Serves one request for an image."""
+
+    def __init__(self, name: str, arenas: Arenas, peers: Peers, opened: Open, combine: Combine) -> None:
+        self._name = name
+        self._arenas = arenas
+        self._peers = peers
+        self._open = opened
+        self._combine = combine
+
+    async def run(self, request: wire.MaterialiseRequest) -> wire.MaterialiseReply:
+        """See ``Protector.materialise``."""
+        id = id_of(request.id)
+        here = self._arenas.image(request.rank, id)
+        if here is not None and any(i.rank == request.rank and i.agent == self._name for i in request.images):
+            return wire.MaterialiseReply(path=here.place.path, how="held here")
+        reasons: list[str] = []
+        for image in request.images:
+            if image.rank == request.rank and image.agent != self._name:
+                try:
+                    return await self._fetch(id, image)
+                except HoldfastError as error:
+                    reasons.append(f"fetching from {image.agent}: {error}")
+        for parity in request.parities:
+            if request.rank in parity.parity.ranks:
+                try:
+                    return await self._rebuild(id, request, parity.parity.key)
+                except (HoldfastError, Unrecoverable) as error:
+                    reasons.append(f"rebuilding: {error}")
+                    break
+        raise SnapshotLost(
+            f"the image of {id} of rank {request.rank} cannot be had: {'; '.join(reasons) or 'no source'}"
+        )
+
+    # -- fetching ----------------------------------------------------------------------------------------------------
+
+    async def _fetch(self, id: SnapshotId, image: wire.Source) -> wire.MaterialiseReply:
+        request = wire.ManifestRequest(id=wire_id(id), image=_image(image.rank, image.checks_crc))
+        told = await self._peers.manifest(image.address, request)
+        manifest = Manifest.of(told.record, told.checks, told.text)
+        slot = await asyncio.to_thread(self._free, manifest, id)
+        record = manifest.record
+        terms = [Term(0, 0, Kind.IMAGE, 0, record.image_bytes, 1)]
+        sources = {(0, Kind.IMAGE): self._image_at(image.address, manifest, "fetch")}
+        outcome = await self._combine(slot.image[: record.image_bytes], record.block_bytes, terms, sources)
+        if outcome.damaged:
+            raise Corrupt(f"{len(outcome.damaged[0, Kind.IMAGE])} pieces are damaged there")
+        self._arenas.seal_copy(slot, manifest)
+        return wire.MaterialiseReply(path=slot.place.path, how=f"fetched from agent {image.agent}")
+
+    def _free(self, manifest: Manifest, keep: SnapshotId) -> Slot:
+        slot = self._arenas.free_slot(manifest, keep)
+        slot.prefault()
+        slot.image[: manifest.record.image_bytes] = 0
+        return slot
+
+    # -- rebuilding --------------------------------------------------------------------------------------------------
+
+    async def _rebuild(self, id: SnapshotId, request: wire.MaterialiseRequest, key: int) -> wire.MaterialiseReply:
+        group = await self._group(id, request, key)
+        manifest = group.table.manifests[group.lost]
+        assert manifest is not None
+        record = manifest.record
+        damaged_here = self._arenas.image(request.rank, id, record.checks_crc)
+        if damaged_here is not None:
+            return await self._repair(damaged_here, group, manifest)
+        slot = await asyncio.to_thread(self._free, manifest, id)
+        reach("rebuild.begun")
+        await self._compute(slot, group, [(0, record.image_bytes)])
+        found = await asyncio.to_thread(slot.checksums, record.image_bytes, record.block_bytes)
+        if not np.array_equal(found, manifest.checks):
+            raise Corrupt(f"the rebuilt image of {id} of rank {record.rank} does not match its checksums")
+        reach("rebuild.verified")
+        self._arenas.seal_copy(slot, manifest)
+        return wire.MaterialiseReply(path=slot.place.path, how=f"rebuilt from {len(group.sources)} pieces of its group")
+
+    async def _repair(self, slot: Slot, group: _Group, manifest: Manifest) -> wire.MaterialiseReply:
+        """Compute the damaged blocks of an image that is here, in place: to be killed in between leaves it as damaged."""
+        record = manifest.record
+        found = await asyncio.to_thread(slot.checksums, record.image_bytes, record.block_bytes)
+        bad = [int(block) * record.block_bytes for block in np.flatnonzero(found != manifest.checks)]
+        unit = group.table.unit
+        starts = sorted({at // unit * unit for at in bad})
+        ranges = [(at, min(at + unit, record.image_bytes)) for at in starts]
+        for start, end in ranges:
+            slot.image[start:end] = 0
+        await self._compute(slot, group, ranges)
+        found = await asyncio.to_thread(slot.checksums, record.image_bytes, record.block_bytes)
+        if not np.array_equal(found, manifest.checks):
+            raise Corrupt(f"the repaired image of {record.id} of rank {record.rank} does not match its checksums")
+        _log.warning("%s of rank %d: %d damaged blocks repaired", record.id, record.rank, len(bad))
+        return wire.MaterialiseReply(path=slot.place.path, how=f"{len(bad)} damaged blocks repaired")
+
+    async def _compute(self, slot: Slot, group: _Group, ranges: Sequence[tuple[int, int]]) -> None:
+        """Compute these ranges, which are zeros. Sources that cannot be read, or are damaged there, are left out in turn.
+
+        Raises ``Unrecoverable`` when too few are left.
+        """
+        without: set[Where] = set()
+        todo = list(ranges)
+        while todo:
+            terms = [term for start, end in todo for term in group.terms(without, start, end)]
+            image = slot.image[: group.table.lengths[group.lost]]
+            try:
+                outcome = await self._combine(image, group.table.unit, terms, group.sources)
+            except SourceFailed as error:
+                _log.warning(
+                    "rebuilding goes on without %s of member %d: %s", error.where[1].value, error.where[0], error
+                )
+                without.add(error.where)
+                again = todo
+            else:
+                without |= outcome.damaged.keys()
+                again = _damaged_ranges(outcome, len(image))
+            for start, end in again:
+                image[start:end] = 0
+            todo = again
+
+    async def _group(self, id: SnapshotId, request: wire.MaterialiseRequest, key: int) -> _Group:
+        """Gather what of the group can be had. Raises ``SnapshotLost`` if not even one cell's table can."""
+        mates = [p for p in request.parities if p.parity.key == key]
+        cells: dict[int, tuple[wire.ParitySource, wire.Manifest]] = {}
+        for mate in mates:
+            ask = wire.ManifestRequest(
+                id=wire_id(id), parity=wire.ParityCell(lane=mate.parity.lane, key=key), agent=self._name
+            )
+            try:
+                told = await self._peers.manifest(mate.address, ask)
+            except HoldfastError as error:
+                _log.warning("the parity of agent %s cannot be had: %s", mate.agent, error)
+                continue
+            cells[mate.parity.index] = (mate, told)
+        table: CellTable | None = None
+        sources: dict[Where, Source] = {}
+        for index, (mate, told) in cells.items():
+            try:
+                parity = Manifest.of(told.record, told.checks, told.text)
+                table = table or CellTable.from_text(told.text)
+            except Corrupt as error:
+                _log.warning("the parity of agent %s counts as lost: %s", mate.agent, error)
+                continue
+            sources[index, Kind.PARITY] = self._parity_at(mate, parity, key)
+        if table is None:
+            raise SnapshotLost(f"no table of the group of rank {request.rank} can be read")
+        for index, manifest in enumerate(table.manifests):
+            where = self._holder(request, manifest.record) if manifest is not None else None
+            if manifest is not None and where is not None and manifest.record.rank != request.rank:
+                sources[index, Kind.IMAGE] = self._image_at(where.address, manifest, "rebuild")
+        return _Group(table, table.ranks.index(request.rank), sources)
+
+    @staticmethod
+    def _holder(request: wire.MaterialiseRequest, record: Record) -> wire.Source | None:
+        """Who has that very image."""
+        return next((i for i in request.images if i.rank == record.rank and i.checks_crc == record.checks_crc), None)
+
+    # -- sources -----------------------------------------------------------------------------------------------------
+
+    def _image_at(self, address: str, manifest: Manifest, purpose: str) -> Source:
+        record = manifest.record
+        request = wire.GrantRequest(
+            id=wire_id(record.id), purpose=purpose, image=_image(record.rank, record.checks_crc)
+        )
+        return Source(
+            record.image_bytes, record.block_bytes, manifest.checks, open=partial(self._open, address, request)
+        )
+
+    def _parity_at(self, mate: wire.ParitySource, manifest: Manifest, key: int) -> Source:
+        record = manifest.record
+        request = wire.GrantRequest(
+            id=wire_id(record.id), purpose="rebuild", parity=wire.ParityCell(lane=mate.parity.lane, key=key)
+        )
+        return Source(
+            record.image_bytes, record.block_bytes, manifest.checks, open=partial(self._open, mate.address, request)
+        )
+
+
+def _damaged_ranges(outcome: Outcome, end: int) -> list[tuple[int, int]]:
+    """The ranges of the target that lack a piece."""
+    pieces: list[Piece] = [piece for found in outcome.damaged.values() for piece in found]
+    return sorted({(p.target_offset, min(p.target_offset + p.nbytes, end)) for p in pieces})
+
+
+def _image(rank: int, checks_crc: int) -> wire.ImageSource:
+    return wire.ImageSource(rank=rank, checks_crc=checks_crc)
