@@ -16,13 +16,19 @@ Reply = TypeVar("Reply", bound=Message)
 
 
 class Peers:
-    """The other agents, by address. All methods run on the event loop, and raise ``HoldfastError``."""
+    """The other agents, by address. All methods run on the event loop, and raise ``HoldfastError``.
+
+    Attributes:
+        calls, call_bytes: made so far, and the length of their requests and answers.
+    """
 
     def __init__(self, job: str, agent: str, trust: Trust | None) -> None:
         self._job = job
         self._agent = agent
         self._trust = trust
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self.calls = 0
+        self.call_bytes = 0
 
     async def offer(self, address: str, offer: wire.Offer) -> wire.OfferReply:
         """Tell of an image."""
@@ -60,6 +66,8 @@ class Peers:
             answer: Reply = await call(request, timeout=_CALL_S)
         except grpc.RpcError as error:
             raise translated(error, f"{method} of the agent at {address}", _CALL_S) from error
+        self.calls += 1
+        self.call_bytes += request.ByteSize() + answer.ByteSize()
         return answer
 
     def _channel(self, address: str) -> grpc.aio.Channel:

@@ -494,6 +494,7 @@ class Protector:
         status.tolerance = table.tolerance
         status.parity_bytes = self._arenas.parity_bytes
         status.trouble = self._guard.trouble()
+        status.calls, status.call_bytes = self._peers.calls, self._peers.call_bytes
         for index, (agent, ranks) in enumerate(zip(table.agents, table.ranks, strict=True)):
             address = self._addresses[index]
             there = index == table.me or self._reachable.get(address, True)

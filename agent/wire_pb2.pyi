@@ -398,7 +398,7 @@ class StatusReport(_message.Message):
     def __init__(self, agent: _Optional[str] = ..., version: _Optional[str] = ..., job: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[float] = ..., shm: _Optional[str] = ..., listen: _Optional[str] = ..., alone: bool = ..., reserved_bytes: _Optional[int] = ..., limit_bytes: _Optional[int] = ..., trainers: _Optional[_Iterable[_Union[TrainerStatus, _Mapping]]] = ..., slots: _Optional[_Iterable[_Union[SlotStatus, _Mapping]]] = ..., foreign: _Optional[_Iterable[str]] = ..., idle_s: _Optional[float] = ..., group: _Optional[_Union[GroupStatus, _Mapping]] = ...) -> None: ...
 
 class GroupStatus(_message.Message):
-    __slots__ = ("members", "tolerance", "protected", "parity_bytes", "pulled_bytes", "protect_s", "trouble", "damaged")
+    __slots__ = ("members", "tolerance", "protected", "parity_bytes", "pulled_bytes", "protect_s", "trouble", "damaged", "calls", "call_bytes")
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
     TOLERANCE_FIELD_NUMBER: _ClassVar[int]
     PROTECTED_FIELD_NUMBER: _ClassVar[int]
@@ -407,6 +407,8 @@ class GroupStatus(_message.Message):
     PROTECT_S_FIELD_NUMBER: _ClassVar[int]
     TROUBLE_FIELD_NUMBER: _ClassVar[int]
     DAMAGED_FIELD_NUMBER: _ClassVar[int]
+    CALLS_FIELD_NUMBER: _ClassVar[int]
+    CALL_BYTES_FIELD_NUMBER: _ClassVar[int]
     members: _containers.RepeatedCompositeFieldContainer[MemberStatus]
     tolerance: int
     protected: Id
@@ -415,7 +417,9 @@ class GroupStatus(_message.Message):
     protect_s: float
     trouble: str
     damaged: int
-    def __init__(self, members: _Optional[_Iterable[_Union[MemberStatus, _Mapping]]] = ..., tolerance: _Optional[int] = ..., protected: _Optional[_Union[Id, _Mapping]] = ..., parity_bytes: _Optional[int] = ..., pulled_bytes: _Optional[int] = ..., protect_s: _Optional[float] = ..., trouble: _Optional[str] = ..., damaged: _Optional[int] = ...) -> None: ...
+    calls: int
+    call_bytes: int
+    def __init__(self, members: _Optional[_Iterable[_Union[MemberStatus, _Mapping]]] = ..., tolerance: _Optional[int] = ..., protected: _Optional[_Union[Id, _Mapping]] = ..., parity_bytes: _Optional[int] = ..., pulled_bytes: _Optional[int] = ..., protect_s: _Optional[float] = ..., trouble: _Optional[str] = ..., damaged: _Optional[int] = ..., calls: _Optional[int] = ..., call_bytes: _Optional[int] = ...) -> None: ...
 
 class MemberStatus(_message.Message):
     __slots__ = ("agent", "address", "ranks", "reachable")
