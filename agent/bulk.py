@@ -30,7 +30,8 @@ from ..errors import AgentUnreachable, AgentUntrusted, ConfigError, DeadlinePass
 from .trust import AGENT_NAME
 
 TOKEN_BYTES: Final = 32
-CHUNK_BYTES: Final = 1 << 20  # what is sent, and waits its turn, at a time
+CHUNK_BYTES: Final = 4 << 20  # what is sent at a time: with 1 MiB, a stream on loopback is 5 % slower
+TURN_BYTES: Final = 256 << 10  # what is sent at a time under a pace: small, so that every stream has its turn in time
 _MAGIC: Final = b"HFB1"
 _FIELDS: Final = struct.Struct("<4sIQI")  # magic, sequence, nbytes, status; then the crc32c of these
 _CRC: Final = struct.Struct("<I")
@@ -94,7 +95,7 @@ class Pace:
     """
 
     def __init__(
-        self, bytes_per_s: float, burst_bytes: int = CHUNK_BYTES, clock: Callable[[], float] = time.monotonic
+        self, bytes_per_s: float, burst_bytes: int = 4 * TURN_BYTES, clock: Callable[[], float] = time.monotonic
     ) -> None:
         if not (bytes_per_s > 0 and burst_bytes >= 0):
             raise ValueError(f"{bytes_per_s} bytes per second with bursts of {burst_bytes}")
@@ -363,8 +364,9 @@ class BulkServer:
             self._streams += 1
 
     def _send_all(self, sock: socket.socket, view: memoryview) -> None:
-        for start in range(0, view.nbytes, CHUNK_BYTES):
-            chunk = view[start : start + CHUNK_BYTES]
+        step = CHUNK_BYTES if self._pace is None else TURN_BYTES
+        for start in range(0, view.nbytes, step):
+            chunk = view[start : start + step]
             if self._pace is not None and self._closing.wait(self._pace.delay_s(chunk.nbytes)):
                 raise _Refused("closing", "the agent ends")
             sock.sendall(chunk)  # its timeout is for the whole chunk, not for any progress

@@ -10,7 +10,7 @@ import ipaddress
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -267,14 +267,12 @@ def _write(folder: Path, name: str, certificate: x509.Certificate, key: Elliptic
     paths = folder / f"{name}.pem", folder / f"{name}.key"
     _write_new(paths[1], key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600)
     _write_new(paths[0], certificate.public_bytes(Encoding.PEM), 0o644)
-    try:
-        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        names = tuple(str(one.value) for one in found)
-        options = (f"--tls-ca={folder / _CA}.pem", f"--tls-cert={paths[0]}", f"--tls-key={paths[1]}")
-    except x509.ExtensionNotFound:
-        names, options = (), ()
-    digest = certificate.fingerprint(SHA256()).hex()
-    return Made(name, *paths, names, certificate.not_valid_after_utc, digest, options)
+    made = Made(name, *paths, (), certificate.not_valid_after_utc, certificate.fingerprint(SHA256()).hex())
+    if name == _CA:
+        return made
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    options = (f"--tls-ca={folder / _CA}.pem", f"--tls-cert={paths[0]}", f"--tls-key={paths[1]}")
+    return replace(made, names=tuple(str(one.value) for one in names), options=options)
 
 
 def _write_new(path: Path, content: bytes, mode: int) -> None:

@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from holdfast.agent import bulk
 from holdfast.agent.bulk import (
-    CHUNK_BYTES,
     TOKEN_BYTES,
+    TURN_BYTES,
     BulkServer,
     Grants,
     Header,
@@ -176,6 +177,12 @@ def test_ipv6(start: MakeServer) -> None:
     assert into == b"abc"
 
 
+def test_the_header_in_the_docs_is_real() -> None:
+    text = (Path(bulk.__file__).parents[1] / "docs" / "bulk.md").read_text("utf-8")
+    example = text.partition("Piece 0, 4 MiB: `")[2].partition("`")[0]
+    assert bytes.fromhex(example) == Header(0, 4 * MIB, Status.SENT).encode()
+
+
 # -- tokens -----------------------------------------------------------------------------------------------------------
 
 
@@ -227,7 +234,8 @@ def answer_to(server: BulkServer, said: bytes, *, ending: bool = False) -> bytes
         with suppress(ConnectionError):  # reset: it closed without reading everything
             sock.sendall(said)
             if ending:
-                sock.shutdown(socket.SHUT_WR)
+                with suppress(OSError):  # not connected any more
+                    sock.shutdown(socket.SHUT_WR)
             while got := sock.recv(4096):
                 answer += got
         return answer
@@ -598,17 +606,17 @@ def test_a_server_takes_its_turns(start: MakeServer) -> None:
     pace = Pace(1e12)
     server = start(pace=pace)
     assert serves(server)
-    token = server.grant(pieces(bytes(3 * CHUNK_BYTES + 1)), purpose="a test", peer="n2")
-    assert fetch(server, token, [3 * CHUNK_BYTES + 1])
+    token = server.grant(pieces(bytes(3 * TURN_BYTES + 1)), purpose="a test", peer="n2")
+    assert fetch(server, token, [3 * TURN_BYTES + 1])
     assert pace._paid_until_s > 0
 
 
 def test_a_wait_for_a_turn_ends_with_the_server(start: MakeServer) -> None:
-    server = start(pace=Pace(1.0))  # after the burst of two chunks, the next turn is in twelve days
-    token = server.grant(pieces(bytes(4 * CHUNK_BYTES)), purpose="a test", peer="n2")
+    server = start(pace=Pace(1.0, burst_bytes=TURN_BYTES))  # after two turns, the next one is in three days
+    token = server.grant(pieces(bytes(4 * TURN_BYTES)), purpose="a test", peer="n2")
     with stream(server, token) as receiving, ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(receiving.receive, memoryview(bytearray(4 * CHUNK_BYTES)))
-        until(lambda: server.report().nbytes == 2 * CHUNK_BYTES)
+        waiting = pool.submit(receiving.receive, memoryview(bytearray(4 * TURN_BYTES)))
+        until(lambda: server.report().nbytes == 2 * TURN_BYTES)
         server.close(WAIT_S)
         with pytest.raises(StreamBroken):
             waiting.result(WAIT_S)
