@@ -293,6 +293,11 @@ class Arenas:
         for place in missing:
             self._make(place)
 
+    def prefault_cells(self) -> None:
+        """Have the memory of all cells mapped. Blocks; called in a worker thread."""
+        for slot in self._cells.values():
+            slot.prefault()
+
     def _cell_stays(self, place: Place) -> bool:
         slot = self._cells.get((place.rank, place.index))
         return slot is not None and (

@@ -17,13 +17,12 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from ..erasure.kernel import block_checksums, multiply_add
+from ..erasure.kernel import block_checksums, combine, multiply_add
 from ..erasure.stripes import Kind, Term
 from ..errors import HoldfastError
 from .bulk import Stream
 
 PIECE_BYTES: Final = 1 << 20  # small enough to be verified and added while in the cache
-_LOCKS: Final = 64
 
 Bytes = npt.NDArray[np.uint8]
 Where = tuple[int, Kind]
@@ -96,8 +95,23 @@ def cut(terms: Sequence[Term], source: Source, step: int) -> list[Piece]:
     return pieces
 
 
+@dataclass(slots=True, eq=False)
+class _Spot:
+    """The bytes of the target that pieces of one offset make up; one thread works on them at a time.
+
+    Attributes:
+        nbytes: of the longest of these pieces. count: how many there are.
+        begun: one of them is there, so that others are added to it.
+    """
+
+    nbytes: int = 0
+    count: int = 0
+    begun: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
 class Combiner:
-    """Adds terms up in one target. The target must begin as zeros, and stay mapped until ``run`` has returned."""
+    """Adds terms up in one target, which stays mapped until ``run`` has returned."""
 
     def __init__(self, target: Bytes, unit: int, pool: Executor) -> None:
         """*unit*: the longest checksum block of any source; all terms begin at multiples of it, there and in the target."""
@@ -105,23 +119,31 @@ class Combiner:
         self._step = max(PIECE_BYTES, unit)
         self._address = int(target.ctypes.data)
         self._pool = pool
-        # Several sources add to the same bytes, cut alike: each piece of the target is one thread's at a time.
-        self._locks = [threading.Lock() for _ in range(_LOCKS)]
+        self._spots: dict[int, _Spot] = {}  # by offset; all sources are cut alike
         self._stop = threading.Event()
         self._streams: set[Stream] = set()
 
-    async def run(self, terms: Sequence[Term], sources: Mapping[Where, Source]) -> Outcome:
-        """Add up all *terms*, from all sources at once.
+    async def run(
+        self, terms: Sequence[Term], sources: Mapping[Where, Source], ranges: Sequence[tuple[int, int]] | None = None
+    ) -> Outcome:
+        """Compute the target, or these (start, end) ranges of it, as the sum of all *terms*; what none names is zero.
 
-        Raises ``SourceFailed`` if one cannot be read; then the target is of no use. Damaged pieces are left out, and told.
+        Raises ``SourceFailed`` if one cannot be read; then what was to be computed is undefined. Damaged pieces are left
+        out, and told.
         """
         by_source: dict[Where, list[Term]] = {}
         for term in terms:
             by_source.setdefault((term.member, term.kind), []).append(term)
+        pieces = {where: cut(mine, sources[where], self._step) for where, mine in by_source.items()}
+        for piece in (piece for mine in pieces.values() for piece in mine):
+            spot = self._spots.setdefault(piece.target_offset, _Spot())
+            spot.nbytes, spot.count = max(spot.nbytes, piece.nbytes), spot.count + 1
         outcome = Outcome()
-        work = [
-            asyncio.ensure_future(self._add(where, cut(mine, sources[where], self._step), sources[where], outcome))
-            for where, mine in by_source.items()
+        work: list[asyncio.Future[None]] = [
+            asyncio.ensure_future(asyncio.to_thread(self._clear, ranges or [(0, len(self._target))]))
+        ]
+        work += [
+            asyncio.ensure_future(self._add(where, mine, sources[where], outcome)) for where, mine in pieces.items()
         ]
         try:
             await asyncio.gather(*work)
@@ -129,9 +151,19 @@ class Combiner:
             self._stop.set()
             for stream in list(self._streams):
                 stream.cancel()
-            await asyncio.wait(work)  # threads may still be adding to the target
+            await asyncio.wait(work)  # threads may still be writing to the target
             raise
         return outcome
+
+    def _clear(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Zeros where no piece goes."""
+        spots = sorted((offset, offset + spot.nbytes) for offset, spot in self._spots.items())
+        for start, end in ranges:
+            at = start
+            for first, last in (spot for spot in spots if start <= spot[0] < end):
+                self._target[at:first] = 0
+                at = last
+            self._target[at:end] = 0
 
     async def _add(self, where: Where, pieces: list[Piece], source: Source, outcome: Outcome) -> None:
         """One source's pieces, each of them tried twice."""
@@ -166,16 +198,21 @@ class Combiner:
 
     def _add_pulled(self, pieces: Sequence[Piece], source: Source, stream: Stream) -> list[Piece]:
         buffer = np.empty(max(piece.read_bytes for piece in pieces), np.uint8)
-        address, view = int(buffer.ctypes.data), buffer.data
         bad: list[Piece] = []
         with stream:
             for piece in pieces:
                 if self._stop.is_set():
                     break
-                stream.receive(view[: piece.read_bytes])
-                if not self._take(piece, source, address):
+                into = self._target[piece.target_offset :] if self._is_whole(piece) else buffer
+                stream.receive(into[: piece.read_bytes].data)
+                if not self._take(piece, source, int(into.ctypes.data)):
                     bad.append(piece)
         return bad
+
+    def _is_whole(self, piece: Piece) -> bool:
+        """Whether the piece's bytes, just as they are, are all that goes there."""
+        alone = self._spots[piece.target_offset].count == 1
+        return alone and piece.coefficient == 1 and piece.read_bytes == piece.nbytes
 
     def _take(self, piece: Piece, source: Source, address: int) -> bool:
         """Verify what lies at *address*, then add it; False if it is not what the source's manifest says."""
@@ -183,8 +220,15 @@ class Combiner:
         found = block_checksums(address, piece.read_bytes, source.block_bytes)
         if not np.array_equal(found, source.checks[first : first + len(found)]):
             return False
-        with self._locks[(piece.target_offset // PIECE_BYTES) % _LOCKS]:
-            multiply_add(self._address + piece.target_offset, address, piece.nbytes, piece.coefficient)
+        spot, target = self._spots[piece.target_offset], self._address + piece.target_offset
+        with spot.lock:
+            if spot.begun:
+                multiply_add(target, address, piece.nbytes, piece.coefficient)
+            else:  # the first overwrites what is there: clearing it, and reading the zeros back, would take as long
+                if address != target:
+                    combine(np.array([[piece.coefficient]], np.uint8), [address], [target], piece.nbytes)
+                self._target[piece.target_offset + piece.nbytes : piece.target_offset + spot.nbytes] = 0
+                spot.begun = True
         return True
 
 

@@ -144,6 +144,7 @@ class Protector:
         if self._filling:
             await asyncio.wait(self._filling.values())
         await asyncio.to_thread(reserve)
+        await asyncio.to_thread(self._arenas.prefault_cells)
         self._addresses = tuple(peer.address for peer in peers)
         self._known.clear()
         self._manifests.clear()
@@ -325,7 +326,7 @@ class Protector:
             "image_bytes": geometry.parity_bytes,
             "table_bytes": table_bytes_for(geometry.parity_bytes, len(text)),
         }
-        slot = await asyncio.to_thread(self._open_cell, action, sizes)
+        slot = await asyncio.to_thread(self._arenas.open_cell, action.lane, action.cell, **sizes)
         sources = {
             (index, Kind.IMAGE): self._peer_image(self._addresses[index], manifest, "protect")
             for index, manifest in enumerate(manifests)
@@ -339,13 +340,15 @@ class Protector:
         )
         return outcome
 
-    def _open_cell(self, action: Accumulate, sizes: dict[str, int]) -> Slot:
-        slot = self._arenas.open_cell(action.lane, action.cell, **sizes)
-        slot.image[: sizes["image_bytes"]] = 0
-        return slot
-
-    async def _combine(self, target: Any, unit: int, terms: Sequence[Term], sources: dict[Where, Source]) -> Outcome:
-        outcome = await Combiner(target, unit, self._pool).run(terms, sources)
+    async def _combine(
+        self,
+        target: Any,
+        unit: int,
+        terms: Sequence[Term],
+        sources: dict[Where, Source],
+        ranges: Sequence[tuple[int, int]] | None = None,
+    ) -> Outcome:
+        outcome = await Combiner(target, unit, self._pool).run(terms, sources, ranges)
         self._status.damaged += outcome.refused
         return outcome
 

@@ -29,7 +29,8 @@ from .peers import Peers
 
 _log = logging.getLogger(__name__)
 
-Combine = Callable[[Any, int, Sequence[Term], dict[Where, Source]], Awaitable[Outcome]]
+Ranges = Sequence[tuple[int, int]]
+Combine = Callable[[Any, int, Sequence[Term], dict[Where, Source], Ranges | None], Awaitable[Outcome]]
 Open = Callable[[str, wire.GrantRequest, Sequence[tuple[int, int]]], Awaitable[Stream]]
 
 
@@ -98,7 +99,7 @@ class Rebuilder:
         record = manifest.record
         terms = [Term(0, 0, Kind.IMAGE, 0, record.image_bytes, 1)]
         sources = {(0, Kind.IMAGE): self._image_at(image.address, manifest, "fetch")}
-        outcome = await self._combine(slot.image[: record.image_bytes], record.block_bytes, terms, sources)
+        outcome = await self._combine(slot.image[: record.image_bytes], record.block_bytes, terms, sources, None)
         if outcome.damaged:
             raise Corrupt(f"{len(outcome.damaged[0, Kind.IMAGE])} pieces are damaged there")
         self._arenas.seal_copy(slot, manifest)
@@ -107,7 +108,6 @@ class Rebuilder:
     def _free(self, manifest: Manifest, keep: SnapshotId) -> Slot:
         slot = self._arenas.free_slot(manifest, keep)
         slot.prefault()
-        slot.image[: manifest.record.image_bytes] = 0
         return slot
 
     # -- rebuilding --------------------------------------------------------------------------------------------------
@@ -138,8 +138,6 @@ class Rebuilder:
         unit = group.table.unit
         starts = sorted({at // unit * unit for at in bad})
         ranges = [(at, min(at + unit, record.image_bytes)) for at in starts]
-        for start, end in ranges:
-            slot.image[start:end] = 0
         await self._compute(slot, group, ranges)
         found = await asyncio.to_thread(slot.checksums, record.image_bytes, record.block_bytes)
         if not np.array_equal(found, manifest.checks):
@@ -148,7 +146,7 @@ class Rebuilder:
         return wire.MaterialiseReply(path=slot.place.path, how=f"{len(bad)} damaged blocks repaired")
 
     async def _compute(self, slot: Slot, group: _Group, ranges: Sequence[tuple[int, int]]) -> None:
-        """Compute these ranges, which are zeros. Sources that cannot be read, or are damaged there, are left out in turn.
+        """Compute these ranges. Sources that cannot be read, or are damaged there, are left out in turn.
 
         Raises ``Unrecoverable`` when too few are left.
         """
@@ -158,7 +156,7 @@ class Rebuilder:
             terms = [term for start, end in todo for term in group.terms(without, start, end)]
             image = slot.image[: group.table.lengths[group.lost]]
             try:
-                outcome = await self._combine(image, group.table.unit, terms, group.sources)
+                outcome = await self._combine(image, group.table.unit, terms, group.sources, todo)
             except SourceFailed as error:
                 _log.warning(
                     "rebuilding goes on without %s of member %d: %s", error.where[1].value, error.where[0], error
@@ -168,8 +166,6 @@ class Rebuilder:
             else:
                 without |= outcome.damaged.keys()
                 again = _damaged_ranges(outcome, len(image))
-            for start, end in again:
-                image[start:end] = 0
             todo = again
 
     async def _group(self, id: SnapshotId, request: wire.MaterialiseRequest, key: int) -> _Group:
