@@ -22,7 +22,7 @@ from ..erasure.stripes import Kind, Term
 from ..errors import HoldfastError
 from .bulk import Stream
 
-PIECE_BYTES: Final = 1 << 20  # small enough to be verified and added while in the cache
+PIECE_BYTES: Final = 1 << 22  # small enough to be verified and added while in the cache
 
 Bytes = npt.NDArray[np.uint8]
 Where = tuple[int, Kind]
