@@ -16,10 +16,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -135,9 +136,9 @@ def _play(role: str, nbytes: str) -> None:
 
 
 @contextmanager
-def _grpc_server(stream: object) -> Iterator[int]:
+def _grpc_server(stream: Callable[[Any, Any], Iterator[bytes]]) -> Iterator[int]:
     server = grpc.server(ThreadPoolExecutor(2), options=_GRPC_OPTIONS)
-    handler = grpc.unary_stream_rpc_method_handler(stream)  # type: ignore[arg-type]
+    handler: grpc.RpcMethodHandler[Any, Any] = grpc.unary_stream_rpc_method_handler(stream)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench", {"Pull": handler}),))
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
@@ -161,7 +162,8 @@ def _receive_grpc(port: int, nbytes: int) -> float:
         channel = stack.enter_context(grpc.insecure_channel(f"127.0.0.1:{port}", options=_GRPC_OPTIONS))
         grpc.channel_ready_future(channel).result(30.0)
         began_s, done = time.perf_counter(), 0
-        for chunk in channel.unary_stream("/bench/Pull")(b""):
+        pull: grpc.UnaryStreamMultiCallable[Any, bytes] = channel.unary_stream("/bench/Pull")
+        for chunk in pull(b""):
             done += len(chunk)
         assert done == nbytes
         return time.perf_counter() - began_s
