@@ -95,6 +95,7 @@ class Stats:
         stall_s: training-thread time in our calls, per step; the newest 10,000.
         copy_s: duration of the last lazy copy.
         restore_s: duration of the last restore, None if there was none.
+        reprotect_s: how much of it went into protecting the restored snapshot again; None if there is nobody to do so.
     """
 
     taken: int = 0
@@ -102,6 +103,7 @@ class Stats:
     stall_s: deque[float] = field(default_factory=lambda: deque(maxlen=10_000))
     copy_s: float = 0.0
     restore_s: float | None = None
+    reprotect_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -323,8 +325,10 @@ class Checkpointer:
                 _log.info("discarded %s: the job went back to %s", id, chosen)
             self._go_on_from(chosen, chosen)
             if not self._holding.alone:
+                restored_s = time.perf_counter()
                 self._assemble(chosen)
                 self._wait_protected(chosen, self._deadlines.restore)
+                self._stats.reprotect_s = time.perf_counter() - restored_s
         self._stats.restore_s = time.perf_counter() - began_s
         return chosen.step if chosen else None
 
