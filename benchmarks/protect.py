@@ -96,9 +96,9 @@ def _of(found: dict[str, list[float]], what: str, limit: str) -> str:
 
 def _control(counts: Sequence[int]) -> None:
     """Calls and bytes per node and snapshot; they must not grow with the number of nodes."""
-    print("\ncontrol plane, auto protection, images of 64 kB: per node and snapshot")
+    print("\ncontrol plane, groups of four (3+1), images of 64 kB: per node and snapshot")
     for count in counts:
-        with Cluster(count, "auto", 65_536) as cluster:
+        with Cluster(count, "3+1", 65_536) as cluster:
             cluster.protect()
             before = cluster.calls()
             for _ in range(3):

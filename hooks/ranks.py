@@ -98,6 +98,8 @@ class Group(Ranks):
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=_GROUP_TIMEOUT_S))
+        self._minimum = dist.AllreduceOptions()
+        self._minimum.reduceOp = dist.ReduceOp.MIN
 
     def gather(self, payload: bytes, what: str, timeout_s: float) -> list[bytes]:
         try:
@@ -113,9 +115,9 @@ class Group(Ranks):
         return [part[:length].numpy().tobytes() for part, length in zip(parts, lengths, strict=True)]
 
     def reduce_min(self, vector: Sequence[int]) -> Pending[list[list[int]]]:
-        values = torch.tensor(vector, dtype=torch.int64)
-        work = dist.all_reduce(values, dist.ReduceOp.MIN, group=self._group, async_op=True)
-        return Pending(work, lambda: [values.tolist()])
+        values = torch.from_numpy(np.array(vector, np.int64))  # torch.tensor takes thrice as long
+        # The group's own method: what torch.distributed.all_reduce wraps around it costs the training thread 0.1 ms.
+        return Pending(self._group.allreduce([values], self._minimum), lambda: [values.tolist()])
 
     def exchange(self, vector: Sequence[int]) -> Pending[list[list[int]]]:
         pending = self._all_gather(torch.tensor(vector, dtype=torch.int64))
