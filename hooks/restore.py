@@ -239,6 +239,8 @@ class Restorer:
 
     def _needed(self) -> list[int]:
         """The ranks whose images hold something of this rank's state: its own, and those of its replicas."""
+        if self._ranks.world == 1:
+            return [0]
         members = {rank for item in self._state.survey().items for rank in item.slice.members}
         return sorted(members | {self._ranks.rank})
 
