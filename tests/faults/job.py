@@ -32,7 +32,16 @@ from torch import nn
 
 DEADLINE_S = 60.0
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["torch.distributed.fsdp", "holdfast.hooks.checkpointer", "faults.job"])
+# torch would import the third at the first collective of each process, which takes it 0.6 s.
+_server.set_forkserver_preload(
+    [
+        "torch.distributed.fsdp",
+        "holdfast.hooks.checkpointer",
+        "torch._dynamo",
+        "torch.distributed.checkpoint",
+        "faults.job",
+    ]
+)
 
 
 class Loader:
@@ -77,7 +86,8 @@ class Training:
             nn.Linear(16, 32), nn.BatchNorm1d(32), nn.GELU(), nn.Dropout(0.2), nn.Linear(32, 33), nn.Linear(33, 16)
         )
         if strategy == "ddp":
-            model = nn.parallel.DistributedDataParallel(model)
+            # Otherwise the first step of each life has other buckets than later ones, and sums round differently.
+            model = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
         elif strategy == "fsdp2":
             from torch.distributed.fsdp import fully_shard
 
@@ -133,6 +143,9 @@ class Spec:
     life: int
     step_s: float
     crash: str = ""
+    protect: str = "auto"
+    protect_s: float = DEADLINE_S
+    agent: str | None = None  # socket of an agent that is started again by others, not by the trainers
 
 
 def train(spec: Spec, rank: int) -> None:
@@ -151,7 +164,9 @@ def train(spec: Spec, rank: int) -> None:
         training.extras(),
         job=spec.job,
         shm=spec.shm,
-        deadlines=Deadlines(attach=DEADLINE_S, restore=DEADLINE_S),
+        agent=spec.agent,
+        protect=spec.protect,
+        deadlines=Deadlines(attach=DEADLINE_S, restore=DEADLINE_S, protect=spec.protect_s),
     )
     with checkpointer as ckpt:
         restored = ckpt.restore() or 0

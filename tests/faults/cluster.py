@@ -1,0 +1,290 @@
+"""Several simulated nodes on one machine, any of which can be lost with all it held.
+
+A node is an agent of its own (own folder of shared memory, own name, own host as failure domain, own loopback address) and the
+trainers that run on it. To lose it is to SIGKILL both and to delete its shared memory. Who replaces it is an empty agent under
+another name and address. ``judge`` compares whatever any rank ever did with an undisturbed run, bit for bit.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from faults.job import DEADLINE_S, Spec, _read, _server, train, train_reference
+from holdfast.agent import wire_pb2 as wire
+from holdfast.agent.client import AgentClient
+from holdfast.agent.settings import NodeSettings
+
+_ENDLESS = 1_000_000  # steps of a life that ends by being killed
+
+
+@dataclass(slots=True)
+class Node:
+    """One node: the *generation* counts who has taken its place."""
+
+    index: int
+    generation: int
+    shm: Path
+    agent: subprocess.Popen[str]
+    listen: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"n{self.index}g{self.generation}"
+
+
+@dataclass(slots=True)
+class Cluster:
+    """A training job on several nodes, over all its lives.
+
+    Attributes:
+        nodes: how many; each has one rank unless a life is started otherwise.
+        protect: as in ``Checkpointer``.
+        protect_s: the deadline for it.
+        step_s: how long the device is at work in each step.
+    """
+
+    folder: Path
+    nodes: int
+    protect: str = "auto"
+    strategy: str = "fsdp2"
+    world: int = 0
+    step_s: float = 0.02
+    protect_s: float = DEADLINE_S
+    lives: int = 0
+    kills: int = 0
+    losses: int = 0
+    job: str = field(default_factory=lambda: f"nodes-{uuid.uuid4().hex[:8]}")
+    there: dict[int, Node] = field(default_factory=dict)
+    ranks: list[BaseProcess] = field(default_factory=list)
+    placement: tuple[int, ...] = ()
+    _generations: int = 0
+
+    def __post_init__(self) -> None:
+        self.world = self.world or self.nodes
+        self.placement = tuple(rank * self.nodes // self.world for rank in range(self.world))
+
+    @property
+    def shm(self) -> Path:
+        return Path("/dev/shm") / self.job
+
+    # -- nodes -------------------------------------------------------------------------------------------------------
+
+    def begin(self, crash: Mapping[int, str] | None = None, options: Mapping[int, Sequence[str]] | None = None) -> None:
+        """Start an agent on every node that has none. *crash* and *options*: by node."""
+        self.shm.mkdir(mode=0o700, exist_ok=True)
+        missing = [index for index in range(self.nodes) if index not in self.there]
+        for index in missing:
+            self._generations += 1
+            shm = self.shm / f"{index}-{self._generations}"
+            self._start(index, self._generations, shm, (crash or {}).get(index, ""), (options or {}).get(index, ()))
+        for index in missing:
+            self._await_ready(self.there[index])
+
+    def restart_agent(self, index: int, *, with_memory: bool = True) -> None:
+        """SIGKILL the agent of a node, and start it again in the same place."""
+        node = self.there.pop(index)
+        self._kill_agent(node)
+        if not with_memory:
+            for path in [*node.shm.glob("rank-*"), *node.shm.glob("lane-*")]:
+                path.unlink()
+        self._start(index, node.generation, node.shm, "", ())
+        self._await_ready(self.there[index])
+
+    def _start(self, index: int, generation: int, shm: Path, crash: str, options: Sequence[str]) -> None:
+        host = f"127.0.{generation // 200 + 1}.{generation % 200 + 1}"
+        command = [
+            "agent", "--job", self.job, "--shm", str(shm), "--name", f"n{index}g{generation}", "--domain", f"host=h{index}",
+            "--listen", f"{host}:0", "--idle-exit", "never", *options,
+        ]  # fmt: skip
+        with (self.folder / f"agent{index}.err").open("a") as log:
+            agent = subprocess.Popen(
+                [sys.executable, "-m", "holdfast", *command],
+                env={**os.environ, "HOLDFAST_CRASH": crash},
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        self.there[index] = Node(index, generation, shm, agent)
+
+    def _await_ready(self, node: Node) -> None:
+        assert node.agent.stdout is not None
+        words = dict(word.partition("=")[::2] for word in node.agent.stdout.readline().split())
+        assert "listen" in words, f"agent {node.name} did not start\n{self.errors()}"
+        node.listen = words["listen"]
+
+    def lose(self, *which: int) -> None:
+        """These nodes burn, all at once: trainers, agent and memory."""
+        for index in which:
+            for rank in self.ranks_on(index):
+                self._kill_rank(rank)
+            self.there[index].agent.kill()
+        for index in which:
+            node = self.there.pop(index)
+            self._kill_agent(node)
+            shutil.rmtree(node.shm)
+            self.losses += 1
+
+    def replace(self, *which: int, crash: Mapping[int, str] | None = None) -> None:
+        """Empty agents take the places of these nodes, which were lost; other ranks die as under torchrun."""
+        self.end_ranks()
+        assert not set(which) & self.there.keys()
+        self.begin(crash)
+
+    def status(self, index: int) -> wire.StatusReport:
+        with AgentClient.at(self._settings(index)) as client:
+            return client.status(DEADLINE_S)
+
+    def signal_agent(self, index: int, number: int) -> None:
+        self.there[index].agent.send_signal(number)
+
+    def _settings(self, index: int) -> NodeSettings:
+        return NodeSettings.read({}, job=self.job, shm=str(self.there[index].shm))
+
+    def _kill_agent(self, node: Node) -> None:
+        node.agent.kill()
+        node.agent.wait(DEADLINE_S)
+        assert node.agent.stdout is not None
+        node.agent.stdout.close()
+        self.kills += 1
+
+    # -- lives -------------------------------------------------------------------------------------------------------
+
+    def start(
+        self, placement: Sequence[int] | None = None, *, steps: int = _ENDLESS, crash: Mapping[int, str] | None = None
+    ) -> None:
+        """Begin a life. *placement*: the node of each rank; *crash*: by rank, where it dies."""
+        self.lives += 1
+        self.placement = tuple(placement or self.placement)
+        specs = [self._spec(rank, steps, (crash or {}).get(rank, "")) for rank in range(self.world)]
+        self.ranks = [_server.Process(target=train, args=(spec, rank), daemon=True) for rank, spec in enumerate(specs)]
+        for process in self.ranks:
+            process.start()
+
+    def _spec(self, rank: int, steps: int, crash: str = "") -> Spec:
+        shm = self.there[self.placement[rank]].shm
+        return Spec(
+            str(self.folder), str(shm), self.job, self.world, steps, self.strategy, self.lives, self.step_s, crash,
+            self.protect, self.protect_s, f"{shm}/agent.sock",
+        )  # fmt: skip
+
+    def ranks_on(self, index: int) -> list[int]:
+        return [rank for rank, node in enumerate(self.placement) if node == index]
+
+    def end_ranks(self) -> None:
+        """SIGKILL whatever ranks still run, and wait for all to have ended."""
+        for rank, process in enumerate(self.ranks):
+            if process.is_alive():
+                self._kill_rank(rank)
+        for process in self.ranks:
+            process.join(DEADLINE_S)
+            assert process.exitcode is not None
+        self.ranks = []
+
+    def _kill_rank(self, rank: int) -> None:
+        if rank < len(self.ranks) and (pid := self.ranks[rank].pid) is not None and self.ranks[rank].is_alive():
+            os.kill(pid, signal.SIGKILL)
+            self.kills += 1
+
+    def finish(self, more: int = 3) -> None:
+        """Start a last life, of a few steps more than any before, and see it end well."""
+        self.end_ranks()
+        newest = max((e.get("step", 0) for rank in range(self.world) for e in self.log(rank)), default=0)
+        self.start(steps=newest + more)
+        self.await_end()
+
+    def await_end(self, *wanted: int) -> None:
+        for process in self.ranks:
+            process.join(DEADLINE_S)
+        codes = [process.exitcode for process in self.ranks]
+        assert codes == [0] * self.world, f"exit codes {codes}\n{self.errors()}"
+
+    def remove(self) -> None:
+        """Leave nothing behind."""
+        self.end_ranks()
+        for node in self.there.values():
+            node.agent.send_signal(signal.SIGCONT)
+            self._kill_agent(node)
+        self.there.clear()
+        shutil.rmtree(self.shm, ignore_errors=True)
+
+    # -- watching ----------------------------------------------------------------------------------------------------
+
+    def log(self, rank: int = 0) -> list[dict[str, Any]]:
+        return _read(self.folder / f"rank{rank}.jsonl")
+
+    def errors(self) -> str:
+        return "\n".join(f"--- {p.name}\n{p.read_text()[-3000:]}" for p in sorted(self.folder.glob("*.err")))
+
+    def until(self, what: str, condition: Callable[[], bool]) -> None:
+        """Return once *condition* holds; fail after the deadline, or if a rank ended before."""
+        deadline_s = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert time.monotonic() < deadline_s, f"no {what} within {DEADLINE_S} s\n{self.errors()}"
+            assert all(p.is_alive() for p in self.ranks) or condition(), f"ended before {what}\n{self.errors()}"
+            time.sleep(0.002)
+
+    def this_life(self, rank: int = 0) -> list[dict[str, Any]]:
+        return [entry for entry in self.log(rank) if entry["life"] == self.lives]
+
+    def await_protected(self, snapshots: int = 1) -> int:
+        """Until a rank knows so many snapshots of this life to be protected everywhere; returns the newest."""
+
+        def newer() -> set[int]:
+            life = self.this_life()
+            return {e["watermark"] for e in life if e.get("watermark", 0) > life[0]["restored"]}
+
+        self.until(f"{snapshots} protected snapshots of life {self.lives}", lambda: len(newer()) >= snapshots)
+        return max(newer())
+
+    # -- judging -----------------------------------------------------------------------------------------------------
+
+    def judge(self) -> list[int]:
+        """Every step of every life is bit for bit the reference's, and what any rank knew to be protected was not lost;
+        returns the steps that lives began from."""
+        logs = [self.log(rank) for rank in range(self.world)]
+        truths = self.reference(max((e.get("step", 0) for log in logs for e in log), default=0))
+        protected, began = 0, []
+        for life in range(1, self.lives + 1):
+            entries = [(rank, e) for rank, log in enumerate(logs) for e in log if e["life"] == life]
+            restored = {e["restored"] for _, e in entries if "restored" in e}
+            assert len(restored) <= 1, f"life {life}: ranks restored different steps: {restored}"
+            for step in restored:
+                assert step >= protected, f"life {life} went back to {step}; {protected} was protected\n{self.errors()}"
+                began.append(step)
+            for rank, entry in entries:
+                self._check(rank, entry, truths[rank])
+                protected = max(protected, entry.get("watermark", 0))
+        return began
+
+    def _check(self, rank: int, entry: dict[str, Any], truth: dict[int, dict[str, Any]]) -> None:
+        if entry.get("restored"):
+            step = entry["restored"]
+            assert entry["digest"] == truth[step]["digest"], f"rank {rank} restored another state of {step}: {entry}"
+        elif "step" in entry:
+            wanted = truth[entry["step"]]
+            for what in ("loss", "digest"):
+                assert entry[what] == wanted[what], f"rank {rank}: another {what} at {entry}"
+
+    def reference(self, steps: int) -> list[dict[int, dict[str, Any]]]:
+        """Train as far without interruption, and without Holdfast; each rank's log by step."""
+        self.lives += 1
+        spec = replace(self._spec(0, steps), shm="")
+        processes = [_server.Process(target=train_reference, args=(spec, r)) for r in range(self.world)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(DEADLINE_S)
+            assert process.exitcode == 0
+        self.lives -= 1
+        return [{e["step"]: e for e in _read(self.folder / f"reference{r}.jsonl")} for r in range(self.world)]

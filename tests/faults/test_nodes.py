@@ -1,0 +1,74 @@
+"""P2 and P6 over nodes: any m of a group burn with their memory, at any instant, and training goes on bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults.cluster import Cluster
+
+MakeCluster = Callable[..., Cluster]
+
+
+@pytest.fixture
+def make_cluster(tmp_path: Path) -> Iterator[MakeCluster]:
+    """Makes clusters, and removes them with all that they left."""
+    made: list[Cluster] = []
+
+    def make(*args: Any, **options: Any) -> Cluster:
+        folder = tmp_path / f"cluster{len(made)}"
+        folder.mkdir()
+        cluster = Cluster(folder, *args, **options)
+        made.append(cluster)
+        return cluster
+
+    yield make
+    for cluster in made:
+        cluster.remove()
+
+
+def _anywhere_in_a_step(cluster: Cluster, rng: random.Random) -> None:
+    """Kills are to come anywhere between two snapshots."""
+    time.sleep(rng.uniform(0, 3 * cluster.step_s))
+
+
+def _lose_each(cluster: Cluster, patterns: list[tuple[int, ...]], rng: random.Random) -> None:
+    """One cluster loses one set of nodes after the other, each as soon as it has a protected snapshot of its own."""
+    cluster.begin()
+    for pattern in rng.sample(patterns, len(patterns)):
+        cluster.start(rng.sample(range(cluster.nodes), cluster.nodes))
+        cluster.await_protected()
+        _anywhere_in_a_step(cluster, rng)
+        cluster.lose(*pattern)
+        cluster.replace(*pattern)
+    cluster.finish()
+    began = cluster.judge()
+    assert len(began) == len(patterns) + 1
+    assert all(step > 0 for step in began[1:])
+
+
+@pytest.mark.parametrize(("nodes", "strategy"), [(2, "fsdp2"), (3, "ddp"), (6, "fsdp2"), (8, "ddp")])
+def test_any_node_is_lost(make_cluster: MakeCluster, rng: random.Random, nodes: int, strategy: str) -> None:
+    cluster = make_cluster(nodes, f"{nodes - 1}+1", strategy)
+    _lose_each(cluster, [(i,) for i in range(nodes)], rng)
+    assert cluster.losses == nodes
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("nodes", "strategy"), [(3, "fsdp2"), (3, "ddp"), (6, "fsdp2"), (8, "fsdp2")])
+def test_any_two_nodes_are_lost_at_once(
+    make_cluster: MakeCluster, rng: random.Random, nodes: int, strategy: str
+) -> None:
+    """Of 8 nodes, pairs at every distance in the group, as 36 sets take minutes; all with HOLDFAST_THOROUGH."""
+    cluster = make_cluster(nodes, f"{nodes - 2}+2", strategy)
+    patterns = [p for count in (1, 2) for p in itertools.combinations(range(nodes), count)]
+    if nodes == 8 and not os.environ.get("HOLDFAST_THOROUGH"):
+        first = rng.randrange(nodes)
+        patterns = [(first, (first + distance) % nodes) for distance in range(1, nodes)]
+    _lose_each(cluster, patterns, rng)
