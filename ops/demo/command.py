@@ -12,35 +12,47 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from .schedule import Progress, Target
+from .nodes import NODES_LIMIT
+from .schedule import Aim, Progress, Target
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from .driver import Outcome, Plan, Watch
+    from .verdict import KillCost
 
 _RUNS: Final = ("reference", "attacked")
 _KILLED: Final = {
     Target.TRAINER: "every rank",
-    Target.RANK: "{rank}",
-    Target.AGENT: "agent",
-    Target.ALL: "ranks and agent",
+    Target.RANK: "{victim}",
+    Target.AGENT: "{victim}",
+    Target.ALL: "ranks and agents",
+    Target.NODE: "{nodes}",
 }
 _DIFFERENCES_SHOWN: Final = 5
+_NONE: Final = "-"
 
 
 @click.command()
-@click.option("--ranks", type=click.IntRange(1, 64), default=2, show_default=True, help="Training processes.")
+@click.option(
+    "--nodes", type=click.IntRange(1, NODES_LIMIT), default=1, show_default=True, help="Simulated if several."
+)
+@click.option(
+    "--ranks", type=click.IntRange(1, 64), help="Training processes of each node.  [default: 2; 1 with several nodes]"
+)
+@click.option("--protect", metavar="K+M", default="auto", show_default=True, help="As for the Checkpointer.")
+@click.option("--permute", is_flag=True, help="Have ranks move to other nodes whenever the job starts again.")
 @click.option("--strategy", type=click.Choice(["ddp", "fsdp2"]), default="ddp", show_default=True)
 @click.option("--steps", type=click.IntRange(1), default=200, show_default=True, help="Training steps of each run.")
 @click.option(
     "--kill",
     "targets",
-    type=click.Choice([target.value for target in Target]),
+    metavar="|".join(target.value for target in Target),
     multiple=True,
     default=["trainer"],
     show_default=True,
-    help="What to SIGKILL: every rank, one random rank, the agent, or ranks and agent at once. Several take turns.",
+    help="What to SIGKILL: every rank, one random rank, an agent, all ranks and agents at once; or whole nodes with their "
+    "memory, one, or several at once (node,node). Given several times, they take turns.",
 )
 @click.option("--kills", type=click.IntRange(0), default=3, show_default=True, help="How many kills.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Of the training and of the kills.  [default: random]")
@@ -51,7 +63,10 @@ _DIFFERENCES_SHOWN: Final = 5
 @click.pass_context
 def demo(
     context: click.Context,
-    ranks: int,
+    nodes: int,
+    ranks: int | None,
+    protect: str,
+    permute: bool,
     strategy: str,
     steps: int,
     targets: tuple[str, ...],
@@ -69,10 +84,13 @@ def demo(
     from .driver import Plan, run_demo
 
     plan = Plan(
-        ranks=ranks,
+        nodes=nodes,
+        ranks=ranks or (2 if nodes == 1 else 1),
+        protect=protect,
+        permute=permute,
         strategy=strategy,
         steps=steps,
-        targets=[Target(target) for target in targets],
+        targets=[Aim.parse(target) for target in targets],
         kills=kills,
         seed=secrets.randbelow(2**31) if seed is None else seed,
         out=out,
@@ -103,7 +121,9 @@ def _report(plan: Plan, outcome: Outcome, wall_s: float) -> dict[str, Any]:
         "kills_wanted": plan.kills,
         "seed": plan.seed,
         "steps": plan.steps,
+        "nodes": plan.nodes,
         "ranks": plan.ranks,
+        "protect": plan.protect,
         "strategy": plan.strategy,
         "relaunches": outcome.relaunches,
         "skipped_in_last_life": finals[0].get("skipped", {}),
@@ -115,9 +135,19 @@ def _plot(plan: Plan, outcome: Outcome) -> Path:
     from .plot import draw
 
     path = plan.out / "loss.png"
-    title = f"holdfast demo: {plan.ranks} ranks, {plan.strategy}, seed {plan.seed}"
+    title = f"holdfast demo: {_set_up(plan)}, seed {plan.seed}"
     draw(outcome.reference[0], outcome.attacked[0], outcome.verdict, path, title=title)
     return path
+
+
+def _set_up(plan: Plan) -> str:
+    """Like ``2 ranks, ddp``."""
+    ranks = f"{plan.ranks} rank{'s' if plan.ranks > 1 else ''}"
+    return (
+        f"{plan.nodes} nodes of {ranks}, {plan.strategy}, protect {plan.protect}"
+        if plan.nodes > 1
+        else (f"{ranks}, {plan.strategy}")
+    )
 
 
 @contextlib.contextmanager
@@ -137,9 +167,9 @@ def _progress(plan: Plan, *, quiet: bool) -> Iterator[Watch]:
         TextColumn("{task.fields[news]:28}"),
         TimeElapsedColumn(),
     ]
-    names = ", ".join(target.value for target in plan.targets)
+    names = "; ".join(map(str, plan.targets))
     with Display(*columns) as display:
-        display.console.print(f"seed {plan.seed}, ranks {plan.ranks} ({plan.strategy}), kills {plan.kills} ({names})")
+        display.console.print(f"seed {plan.seed}; {_set_up(plan)}; kills {plan.kills} ({names})")
         tasks = {name: display.add_task(name, total=plan.steps, start=False, news="") for name in _RUNS}
 
         def watch(run: str, progress: Progress, kills: int) -> None:
@@ -157,22 +187,26 @@ def _show(plan: Plan, outcome: Outcome, report: dict[str, Any]) -> None:
 
     console = Console()
     table = Table()
-    for heading in ("kill", "of", "at step", "restored", "lost steps", "restore", "kill to next step"):
+    for heading in ("kill", "of", "at step", "restored", "lost steps", "restore", "re-protect", "kill to next step"):
         table.add_column(heading, justify="right")
     for number, cost in enumerate(outcome.verdict.costs, start=1):
-        restarted = cost.restored_step is not None
-        table.add_row(
-            str(number),
-            _KILLED[cost.landed.target].format(rank=cost.landed.victims[0]),
-            str(cost.newest_step),
-            str(cost.restored_step) if restarted else "-",
-            str(cost.lost_steps),
-            "-" if cost.restore_s is None else f"{cost.restore_s * 1e3:.0f} ms",
-            "-" if cost.recovery_s is None else f"{cost.recovery_s:.2f} s",
-        )
+        table.add_row(str(number), *_row(cost))
     if outcome.landed:
         console.print(table)
     _show_verdict(console, plan, outcome, report)
+
+
+def _row(cost: KillCost) -> list[str]:
+    landed = cost.landed
+    return [
+        _KILLED[landed.target].format(victim=landed.victims[0], nodes=", ".join(landed.nodes)),
+        str(cost.newest_step),
+        _NONE if cost.restored_step is None else str(cost.restored_step),
+        str(cost.lost_steps),
+        _NONE if cost.restore_s is None else f"{cost.restore_s * 1e3:.0f} ms",
+        _NONE if cost.reprotect_s is None else f"{cost.reprotect_s * 1e3:.0f} ms",
+        _NONE if cost.recovery_s is None else f"{cost.recovery_s:.2f} s",
+    ]
 
 
 def _show_verdict(console: Console, plan: Plan, outcome: Outcome, report: dict[str, Any]) -> None:

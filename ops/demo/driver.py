@@ -10,7 +10,6 @@ import re
 import secrets
 import signal
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -21,16 +20,20 @@ from pathlib import Path
 from typing import Final, Self
 
 from ...agent.settings import NodeSettings
-from ...errors import DeadlinePassed, HoldfastError
+from ...erasure.placement import Protection
+from ...errors import ConfigError, DeadlinePassed, HoldfastError
 from .journal import LOG_NAME, Follower, RankRecord, StepDone, announced, clear, read_run
-from .schedule import Landed, Planned, Progress, Target, advanced, due, plan_kills
+from .launcher import Launcher, Torchrun, Workers
+from .nodes import Node, Simulated
+from .schedule import Aim, Landed, Planned, Progress, Target, advanced, due, plan_kills
 from .verdict import Verdict, judge
-from .victims import Job
+from .victims import EXIT_S, Job, Victim
 
 POLL_S: Final = 0.005
 SILENCE_S: Final = 90.0
-"""Longest time without a step that is waited for: several times what a restart takes on a busy machine."""
-TORCHRUN_EXIT_S: Final = 15.0
+SILENCE_OF_RANK_S: Final = 10.0
+"""Longest time without a step that is waited for, and more for every rank: several times what a restart takes on a busy
+machine."""
 _FIRST_STEP_S: Final = 0.03
 _SPARE_RESTARTS: Final = 3
 _LOG_LINES: Final = 10
@@ -39,21 +42,43 @@ _ERROR_LINE: Final = re.compile(r"(\[rank\d+\]: ?)?(?!.*ChildFailedError)((\w+\.
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the user asked for. ``timeout_s`` is for both runs together; *targets* take turns over *kills*."""
+    """What the user asked for. *ranks* are those of each node; several nodes are simulated ones.
 
+    *targets* take turns over *kills*. ``permute``: whether ranks move to other nodes whenever the job starts again.
+    ``timeout_s`` is for both runs together.
+    """
+
+    nodes: int
     ranks: int
+    protect: str
+    permute: bool
     strategy: str
     steps: int
-    targets: Sequence[Target]
+    targets: Sequence[Aim]
     kills: int
     seed: int
     out: Path
     timeout_s: float
 
+    @property
+    def world(self) -> int:
+        """Training processes on all nodes together."""
+        return self.nodes * self.ranks
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` if more nodes are to be lost at once than the protection is there for."""
+        most = max((aim.count for aim in self.targets if aim.target is Target.NODE), default=0)
+        spared = Protection.parse(self.protect).shape(self.nodes)[1]
+        if most > spared:
+            raise ConfigError(
+                f"--kill {','.join(['node'] * most)}: with --nodes {self.nodes} --protect {self.protect}, {spared or 'no'} "
+                f"node{'s' if spared > 1 else ''} of a group may be lost at once"
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Both runs and the verdict. ``relaunches`` counts how often torchrun gave up and was started again."""
+    """Both runs and the verdict. ``relaunches`` counts how often the launcher gave up and was started again."""
 
     verdict: Verdict
     reference: Sequence[RankRecord]
@@ -74,7 +99,10 @@ def run_demo(plan: Plan, watch: Watch) -> Outcome:
         DeadlinePassed: a run did not end, or made no step, in time.
         HoldfastError: a run ended by itself, without having been killed.
     """
-    planned = plan_kills(plan.seed, kills=plan.kills, targets=plan.targets, steps=plan.steps, ranks=plan.ranks)
+    plan.check()
+    planned = plan_kills(
+        plan.seed, kills=plan.kills, targets=plan.targets, steps=plan.steps, ranks=plan.world, nodes=plan.nodes
+    )
     deadline = time.monotonic() + plan.timeout_s
     with _terminable():
         with Run(plan, "reference", deadline, protected=False) as reference:
@@ -83,7 +111,7 @@ def run_demo(plan: Plan, watch: Watch) -> Outcome:
         with Run(plan, "attacked", deadline, protected=True) as attacked:
             landed = _attack(attacked, planned, watch)
     (plan.out / "kills.json").write_text(json.dumps([asdict(kill) for kill in landed], default=lambda kind: kind.value))
-    expected, found = read_run(reference.folder, plan.ranks), read_run(attacked.folder, plan.ranks)
+    expected, found = read_run(reference.folder, plan.world), read_run(attacked.folder, plan.world)
     return Outcome(judge(expected, found, landed, steps=plan.steps), expected, found, landed, attacked.relaunches)
 
 
@@ -97,21 +125,25 @@ def _attack(run: Run, planned: Sequence[Planned], watch: Watch) -> list[Landed]:
             time.sleep(waiting[0].fraction * run.step_s)
             with run.job.victims(waiting[0], run.progress.life) as victims:
                 if victims:
-                    wall_s = time.time()
-                    for victim in victims:
-                        victim.send(signal.SIGKILL)
-                    names = [victim.name for victim in victims]
-                    kill = waiting.popleft()
-                    landed.append(Landed(kill.target, run.progress.life, run.progress.step, wall_s, names))
+                    landed.append(_kill(run, waiting.popleft(), victims))
     return landed
 
 
+def _kill(run: Run, kill: Planned, victims: Sequence[Victim]) -> Landed:
+    wall_s = time.time()
+    for victim in victims:
+        victim.send(signal.SIGKILL)
+    lost = run.lose(kill.nodes, victims) if kill.target is Target.NODE else ()
+    names = [victim.name for victim in victims]
+    return Landed(kill.target, run.progress.life, run.progress.step, wall_s, names, lost)
+
+
 class Run:
-    """One training run under torchrun. A context: at its end no process and no shared memory of the run is left.
+    """One training run. A context: at its end no process and no shared memory of the run is left.
 
     Attributes:
         progress: as of the last ``goes_on``.
-        relaunches: how often torchrun had given up and was started again.
+        relaunches: how often the launcher had given up and was started again.
     """
 
     def __init__(self, plan: Plan, name: str, deadline: float, *, protected: bool) -> None:
@@ -122,23 +154,61 @@ class Run:
         self._plan, self._name, self._deadline, self._protected = plan, name, deadline, protected
         # A name of its own: an agent or snapshots of another demo must never be taken for this one's.
         self._settings = NodeSettings.read({}, job=f"demo-{os.getpid()}-{secrets.token_hex(4)}")
-        self.job = Job(self.folder, ranks=plan.ranks, shm=self._settings.shm)
-        self._followers = [Follower(self.folder, rank) for rank in range(plan.ranks)]
+        self._simulated = self._simulate() if plan.nodes > 1 else None
+        here = Node("", self._settings.shm, tuple(range(plan.world)))
+        self._nodes = self._simulated.nodes if self._simulated else [here]
+        self.job = Job(self.folder, self._nodes)
+        self._launcher = self._make_launcher()
+        self._followers = [Follower(self.folder, rank) for rank in range(plan.world)]
         self._recent: deque[StepDone] = deque(maxlen=20)
         self._heard = time.monotonic()
         self._launched_at_step = 0
 
+    def _simulate(self) -> Simulated:
+        plan = self._plan
+        return Simulated(
+            self._settings, self.folder, count=plan.nodes, ranks=plan.ranks, agents=self._protected,
+            permute=plan.seed if plan.permute else None,
+        )  # fmt: skip
+
+    def _make_launcher(self) -> Launcher:
+        plan = self._plan
+        arguments = [f"--out={self.folder}", f"--steps={plan.steps}", f"--seed={plan.seed}"]
+        arguments += [f"--strategy={plan.strategy}", *([f"--protect={plan.protect}"] if self._protected else [])]
+        environment = _environment(self._settings)
+        restarts = plan.kills + _SPARE_RESTARTS if self._protected else 0
+        if self._simulated:
+            return Workers(self.folder, arguments, environment, nodes=self._simulated, restarts=restarts)
+        return Torchrun(self.folder, arguments, environment, ranks=plan.ranks, restarts=restarts)
+
     def __enter__(self) -> Self:
         clear(self.folder)
-        self._torchrun = self._launch(first_life=0)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._close)
+            self._launcher.start(first_life=0)
+            undo.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        _end(self._torchrun)
+        self._close()
+
+    def _close(self) -> None:
+        self._launcher.end()
         # torchrun puts every rank into a session of its own; had it to be killed, they would outlive it.
         self.job.kill_ranks()
         if self._protected:
-            self.job.dismiss_agent()
+            self.job.dismiss_agents()
+        if self._simulated:
+            self._simulated.close()
+
+    def lose(self, indices: Sequence[int], victims: Sequence[Victim]) -> list[str]:
+        """The processes of these nodes, *victims*, have been killed: delete their memory too. Returns their names."""
+        for victim in victims:
+            victim.ended(EXIT_S)
+        lost = [self._nodes[index] for index in indices]
+        for node in lost:
+            node.lose()
+        return [node.name for node in lost]
 
     @property
     def step_s(self) -> float:
@@ -154,7 +224,7 @@ class Run:
         """Wait a moment, and see what is new. False once training has ended well."""
         time.sleep(POLL_S)
         # Asked before the journals are read: what a run wrote before its end must not be missed.
-        code = self._torchrun.poll()
+        code = self._launcher.poll()
         self._read_news()
         if code == 0:
             return False
@@ -175,40 +245,23 @@ class Run:
                 if rank == 0:
                     self._recent.append(event)
 
-    def _launch(self, first_life: int) -> subprocess.Popen[bytes]:
-        plan = self._plan
-        restarts = plan.kills + _SPARE_RESTARTS if self._protected else 0
-        torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={plan.ranks}"]
-        torchrun += [f"--max-restarts={restarts}", "--monitor-interval=0.1", "--shutdown-timeout=5"]
-        worker = ["holdfast.ops.demo.worker", f"--out={self.folder}", f"--steps={plan.steps}", f"--seed={plan.seed}"]
-        worker += [f"--strategy={plan.strategy}", f"--first-life={first_life}"]
-        worker += ["--protected" if self._protected else "--unprotected"]
-        with (self.folder / LOG_NAME).open("ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", *torchrun, "-m", *worker],
-                env=_environment(self._settings),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-
     def _relaunch(self, code: int) -> None:
-        """Start torchrun again, as a cluster would, if the job had come further under the last one."""
+        """Start the launcher again, as a cluster would, if the job had come further under the last one."""
         if not self._protected or self.progress.newest_step <= self._launched_at_step:
             raise HoldfastError(f"the {self._name} run ended by itself with code {code}.\n{self._log_excerpt()}")
         self.relaunches += 1
         self._launched_at_step = self.progress.newest_step
-        entries = (announced(self.folder, rank) for rank in range(self._plan.ranks))
-        self._torchrun = self._launch(1 + max((entry["life"] for entry in entries if entry), default=-1))
+        entries = (announced(self.folder, rank) for rank in range(self._plan.world))
+        self._launcher.start(1 + max((entry["life"] for entry in entries if entry), default=-1))
 
     def _check_time(self) -> None:
         now = time.monotonic()
         where = f"the {self._name} run, now at step {self.progress.step} of {self._plan.steps}"
         if now > self._deadline:
             raise DeadlinePassed(f"waited {self._plan.timeout_s:g} s for {where}, to end.\n{self._log_excerpt()}")
-        if now > self._heard + SILENCE_S:
-            raise DeadlinePassed(f"waited {SILENCE_S:g} s for the next step of {where}.\n{self._log_excerpt()}")
+        silence_s = SILENCE_S + SILENCE_OF_RANK_S * self._plan.world
+        if now > self._heard + silence_s:
+            raise DeadlinePassed(f"waited {silence_s:g} s for the next step of {where}.\n{self._log_excerpt()}")
 
     def _log_excerpt(self) -> str:
         """What the log says of the trouble: the errors in it, as torchrun's own report at its end names no reason."""
@@ -224,17 +277,6 @@ def _environment(settings: NodeSettings) -> Mapping[str, str]:
     environment |= {"HOLDFAST_JOB": settings.job, "HOLDFAST_SHM": str(settings.shm)}
     # More threads than one would sum in an order that depends on timing: no run would equal another.
     return environment | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-
-
-def _end(torchrun: subprocess.Popen[bytes]) -> None:
-    """End torchrun and with it the ranks, kindly first."""
-    if torchrun.poll() is None:
-        torchrun.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            torchrun.wait(TORCHRUN_EXIT_S)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(torchrun.pid, signal.SIGKILL)
-    torchrun.wait(TORCHRUN_EXIT_S)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,9 @@
                          {"event": "step", "life": 1, "step": 18, "loss": "0x1.6p+1", "wall_s": 176.2, "stall_ms": 0.2}
     pid-rank0.json       {"pid": 4711, "started_ticks": 162342, "life": 1}; replaced at the start of every life
     final-rank0.json     {"life": 1, "step": 120, "digests": {"parameters": "…", …}, …}; at the end of training
-    torchrun.log         what torchrun and the ranks printed
+    run.log              what torchrun and the ranks printed
+    agent-n2.log         what the agent of a simulated node logged
+    store-life1          by which the ranks of simulated nodes meet
 
 A *life* is one process of a rank, numbered alike on every rank. ``start`` is the step that the life continues from; the
 loss of step s is that of the s-th optimizer step, 1-based, written after it. ``stall_ms`` is what the calls of the
@@ -21,7 +23,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
 
-LOG_NAME: Final = "torchrun.log"
+LOG_NAME: Final = "run.log"
+_OURS: Final = ("losses-rank*.jsonl", "pid-rank*.json", "final-rank*.json", "agent-*.log", "store-life*", LOG_NAME)
 _TAIL_BYTES: Final = 64 << 10
 
 
@@ -154,7 +157,7 @@ def read_run(folder: Path, ranks: int) -> list[RankRecord]:
 def clear(folder: Path) -> None:
     """Make *folder*, and remove what an earlier run left there; other files stay."""
     folder.mkdir(parents=True, exist_ok=True)
-    for pattern in ("losses-rank*.jsonl", "pid-rank*.json", "final-rank*.json", LOG_NAME):
+    for pattern in _OURS:
         for path in folder.glob(pattern):
             path.unlink()
 

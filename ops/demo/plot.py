@@ -72,13 +72,16 @@ def _curves(axes: Axes, reference: RankRecord, attacked: RankRecord) -> None:
 
 
 def _kills(axes: Axes, costs: Sequence[KillCost]) -> None:
-    """A dashed line at each kill, and from it an arrow back to the step that training continued from."""
+    """A line at each kill (dashed unless nodes were lost), and from it an arrow back to the step that training continued from."""
     left, right = axes.get_xlim()
     upright = axes.get_xaxis_transform()  # x in steps, y in parts of the height
     for number, cost in enumerate(costs, start=1):
         height = 0.93 - 0.07 * ((number - 1) % 5)
-        axes.axvline(cost.newest_step, color="crimson", linestyle="--", linewidth=1, alpha=0.7)
-        text = f"✗ {cost.landed.target.value}"
+        lost = cost.landed.nodes  # a node that is gone for good is marked more heavily than a process
+        axes.axvline(
+            cost.newest_step, color="crimson", linestyle="-" if lost else "--", linewidth=2 if lost else 1, alpha=0.7
+        )
+        text = f"✗ {' and '.join(lost) or cost.landed.target.value}"
         if cost.restored_step is not None:
             text += f", restored {cost.restored_step}"
             axes.annotate(

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final
+from typing import Final, Self
 
 from ...errors import ConfigError
 
@@ -15,12 +15,15 @@ STEPS_PER_KILL: Final = 4
 
 
 class Target(Enum):
-    """What a kill hits: ``trainer`` the process of every rank, ``rank`` that of one, ``all`` trainer and agent."""
+    """What a kill hits: ``trainer`` the process of every rank, ``rank`` that of one, ``agent`` one agent, ``all`` every
+    trainer and agent; ``node`` a node: its trainers, its agent, and its memory.
+    """
 
     TRAINER = "trainer"
     RANK = "rank"
     AGENT = "agent"
     ALL = "all"
+    NODE = "node"
 
     @property
     def ends_life(self) -> bool:
@@ -29,16 +32,40 @@ class Target(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Aim:
+    """What the user wants hit: *target*, and if that is ``node``, how many at once."""
+
+    target: Target
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Like ``rank``, ``node``, or ``node,node``. Raises ``ConfigError``."""
+        names = text.split(",")
+        known = [target.value for target in Target]
+        if names[0] not in known or len(set(names)) > 1 or (len(names) > 1 and names[0] != Target.NODE.value):
+            raise ConfigError(
+                f"--kill {text!r}: {', '.join(known)} can be killed, and several nodes at once: node,node"
+            )
+        return cls(Target(names[0]), len(names))
+
+    def __str__(self) -> str:
+        return ",".join([self.target.value] * self.count)
+
+
+@dataclass(frozen=True, slots=True)
 class Planned:
     """A kill to come: once *step* is reached, wait *fraction* of a step's time, then hit *target*.
 
-    ``rank`` is the one that a kill of a single rank hits.
+    ``rank`` is the one that a kill of a single rank hits, ``nodes`` are those that a kill of nodes takes, and whose agent one
+    of an agent hits.
     """
 
     target: Target
     step: int
     fraction: float
     rank: int
+    nodes: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,27 +87,41 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Landed:
-    """A kill that happened, in *life*, after *step* had been seen, *wall_s* seconds after the epoch."""
+    """A kill that happened, in *life*, after *step* had been seen, *wall_s* seconds after the epoch.
+
+    ``nodes`` names those that were lost with their memory.
+    """
 
     target: Target
     life: int
     step: int
     wall_s: float
     victims: Sequence[str]
+    nodes: Sequence[str] = ()
+
+    @property
+    def aim(self) -> Aim:
+        """What was to be hit."""
+        return Aim(self.target, max(1, len(self.nodes)))
 
 
-def plan_kills(seed: int, *, kills: int, targets: Sequence[Target], steps: int, ranks: int) -> list[Planned]:
+def plan_kills(
+    seed: int, *, kills: int, targets: Sequence[Aim], steps: int, ranks: int, nodes: int = 1
+) -> list[Planned]:
     """Spread *kills* over a run of *steps*: one at a random instant of each of as many equal parts.
 
     Every one of *targets* gets its turn, in random order, as far as *kills* reaches.
 
     Raises:
-        ConfigError: *steps* are too few for so many kills, or there are kills but no targets.
+        ConfigError: *steps* are too few for so many kills, or there are kills but no targets, or more nodes to kill at once
+            than there are.
     """
     if kills and not targets:
         raise ConfigError(f"{kills} kills, and nothing to kill: name a target")
     if steps < STEPS_PER_KILL * (kills + 1):
         raise ConfigError(f"{kills} kills need at least {STEPS_PER_KILL * (kills + 1)} steps, {steps} were asked for")
+    if (most := max((aim.count for aim in targets), default=0)) > nodes:
+        raise ConfigError(f"{most} nodes cannot be killed, as there are {nodes}")
     dice = random.Random(seed)  # noqa: S311  # a repeatable choice, not a secret
     turns = [targets[index % len(targets)] for index in range(kills)]
     dice.shuffle(turns)
@@ -88,12 +129,13 @@ def plan_kills(seed: int, *, kills: int, targets: Sequence[Target], steps: int, 
     room = steps - STEPS_PER_KILL
     return [
         Planned(
-            target=target,
+            target=aim.target,
             step=dice.randint(1 + room * index // kills, room * (index + 1) // kills),
             fraction=dice.random(),
             rank=dice.randrange(ranks),
+            nodes=tuple(sorted(dice.sample(range(nodes), aim.count))),
         )
-        for index, target in enumerate(turns)
+        for index, aim in enumerate(turns)
     ]
 
 

@@ -21,3 +21,8 @@ class Stopwatch:
         """End *phase* here."""
         now = time.perf_counter()
         self.split_s[phase], self._mark = round(now - self._mark, 3), now
+
+    def divide(self, phase: str, part: str, part_s: float) -> None:
+        """The last *part_s* seconds of *phase* were *part*."""
+        self.split_s[phase] = round(self.split_s[phase] - part_s, 3)
+        self.split_s[part] = round(part_s, 3)

@@ -41,20 +41,20 @@ _MOST_MASKED: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What one process has to train. ``strategy`` is ddp or fsdp2; ``protected`` puts a Checkpointer into the loop.
+    """What one process has to train. ``strategy`` is ddp or fsdp2; ``protect`` puts a Checkpointer into the loop.
 
-    ``store`` is the host and port of torchrun's key-value store, by which the ranks find each other.
+    ``store`` is where the ranks find each other: host and port of torchrun's key-value store, or a file of this life.
     """
 
     out: Path
     steps: int
     strategy: str
     seed: int
-    protected: bool
+    protect: str | None
     rank: int
     world: int
     life: int
-    store: tuple[str, int]
+    store: tuple[str, int] | Path
 
 
 @dataclass(slots=True)
@@ -75,16 +75,18 @@ def train(task: Task, watch: Stopwatch) -> None:
         training = _build(task)
         watch.lap("setup")
         ckpt, start = None, 0
-        if task.protected:
+        if task.protect:
             # Not at the top: the reference run must not even import what it is there to check.
             from ...hooks.checkpointer import Checkpointer
 
             extras = {"scheduler": training.scheduler, "loader": training.loader}
-            ckpt = Checkpointer(model=training.model, optimizer=training.optimizer, extras=extras, every=1)
+            ckpt = Checkpointer(training.model, training.optimizer, extras, every=1, protect=task.protect)
             stack.enter_context(ckpt)
             watch.lap("attach")
             start = ckpt.restore() or 0
             watch.lap("restore")
+            if (again_s := ckpt.stats().reprotect_s) is not None:
+                watch.divide("restore", "re-protect", again_s)
         journal = stack.enter_context(Journal(task.out, task.rank))
         journal.write(LifeStarted(task.life, start, time.time(), watch.split_s))
         for step in range(start + 1, task.steps + 1):
@@ -104,14 +106,19 @@ def train(task: Task, watch: Stopwatch) -> None:
 def _process_group(task: Task) -> Iterator[None]:
     # torchrun keeps one store over all restarts (pytorch issue 135712): without a prefix of its own for every life, gloo
     # finds the addresses of the last life's dead processes in it, and fails to connect or hangs.
-    host, port = task.store
-    shared = dist.TCPStore(host, port, is_master=False, timeout=COLLECTIVE_TIMEOUT)  # type: ignore[attr-defined]
-    store = dist.PrefixStore(f"life-{task.life}", shared)  # type: ignore[attr-defined]
+    store = dist.PrefixStore(f"life-{task.life}", _shared_store(task))  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=task.rank, world_size=task.world, timeout=COLLECTIVE_TIMEOUT)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _shared_store(task: Task) -> Any:
+    if isinstance(task.store, Path):
+        return dist.FileStore(str(task.store), task.world)  # type: ignore[attr-defined]
+    host, port = task.store
+    return dist.TCPStore(host, port, is_master=False, timeout=COLLECTIVE_TIMEOUT)  # type: ignore[attr-defined]
 
 
 def _build(task: Task) -> Training:
@@ -130,7 +137,9 @@ def _build(task: Task) -> Training:
 
 def _distributed(model: GPT, task: Task) -> nn.Module:
     if task.strategy == "ddp":
-        return DistributedDataParallel(model)
+        # Otherwise DDP lays its buckets out anew after the first backward of every life, and from three ranks on gradients are
+        # summed in another order then: no restart would continue bit for bit, whatever it restored.
+        return DistributedDataParallel(model, find_unused_parameters=True)
     mesh = init_device_mesh("cpu", (task.world,))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)

@@ -23,6 +23,7 @@ class KillCost:
         restored_step: the one that training continued from; None if no process had to start again.
         lost_steps: the difference of the two.
         restore_s: the slowest rank's restore in the life after the kill; None likewise.
+        reprotect_s: how long protecting the restored snapshot again took then; None also where nobody could.
         recovery_s: from the kill to the first step after it; None likewise.
         split_s: where the slowest-starting rank of the life after the kill spent its time; empty likewise.
     """
@@ -31,6 +32,7 @@ class KillCost:
     newest_step: int
     restored_step: int | None
     restore_s: float | None
+    reprotect_s: float | None
     recovery_s: float | None
     split_s: Mapping[str, float]
 
@@ -66,9 +68,11 @@ class Verdict:
         return {
             "bit_exact": self.bit_exact,
             "kills": len(self.costs),
-            "killed": [cost.landed.target.value for cost in self.costs],
+            "killed": [str(cost.landed.aim) for cost in self.costs],
+            "lost_nodes": [list(cost.landed.nodes) for cost in self.costs],
             "lost_steps": [cost.lost_steps for cost in self.costs],
             "restore_s": [cost.restore_s for cost in self.costs if cost.restore_s is not None],
+            "reprotect_s": [cost.reprotect_s for cost in self.costs if cost.reprotect_s is not None],
             "recovery_s": [cost.recovery_s for cost in self.costs if cost.recovery_s is not None],
             "restart_split_s": [cost.split_s for cost in self.costs if cost.split_s],
             "stall_ms": {
@@ -171,7 +175,7 @@ def _wrong_final(expected: RankRecord, found: RankRecord) -> Iterator[str]:
 
 def _cost(kill: Landed, attacked: Sequence[RankRecord]) -> KillCost:
     if not kill.target.ends_life:
-        return KillCost(kill, kill.step, None, None, None, {})
+        return KillCost(kill, kill.step, None, None, None, None, {})
     newest = max(
         (done.step for record in attacked for life in record.lives if life.life <= kill.life for done in life.steps),
         default=0,
@@ -180,7 +184,7 @@ def _cost(kill: Landed, attacked: Sequence[RankRecord]) -> KillCost:
     first = min((life.life for life in later), default=None)
     after = [life for life in later if life.life == first]
     if not after:
-        return KillCost(kill, newest, None, None, None, {})
+        return KillCost(kill, newest, None, None, None, None, {})
     slowest = max(after, key=lambda life: sum(life.split_s.values()))
     first_steps = [life.steps[0].wall_s for life in after if life.steps]
     return KillCost(
@@ -188,6 +192,7 @@ def _cost(kill: Landed, attacked: Sequence[RankRecord]) -> KillCost:
         newest_step=newest,
         restored_step=min(life.start for life in after),
         restore_s=max(life.split_s.get("restore", 0.0) for life in after),
+        reprotect_s=max((life.split_s["re-protect"] for life in after if "re-protect" in life.split_s), default=None),
         recovery_s=round(max(first_steps) - kill.wall_s, 3) if first_steps else None,
         split_s=slowest.split_s,
     )

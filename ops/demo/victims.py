@@ -19,6 +19,7 @@ from typing import Final
 
 from ...errors import DeadlinePassed
 from .journal import announced, started_ticks
+from .nodes import Node
 from .schedule import Planned, Target
 
 EXIT_S: Final = 10.0
@@ -47,42 +48,65 @@ class Victim:
 
 
 class Job:
-    """One job of the demo: the ranks that announce themselves in *folder*, and the agent of the job's own memory."""
+    """One job of the demo: the ranks that announce themselves in *folder*, and the agents of its nodes."""
 
-    def __init__(self, folder: Path, *, ranks: int, shm: Path) -> None:
-        self._folder, self._ranks, self._shm = folder, ranks, shm
+    def __init__(self, folder: Path, nodes: Sequence[Node]) -> None:
+        """*nodes* are looked at anew each time; entries may be exchanged for others meanwhile."""
+        self._folder, self._nodes = folder, nodes
 
     @contextlib.contextmanager
     def victims(self, planned: Planned, life: int) -> Iterator[Sequence[Victim] | None]:
         """All that *planned* has to hit in *life*, or None while not every one of them is alive."""
-        wanted = {Target.RANK: [planned.rank], Target.AGENT: []}.get(planned.target, list(range(self._ranks)))
+        ranks, agents = self._wanted(planned)
         with contextlib.ExitStack() as stack:
-            found = [stack.enter_context(self._rank(rank, life)) for rank in wanted]
-            if planned.target in (Target.AGENT, Target.ALL):
-                found.append(stack.enter_context(self._agent()))
+            found = [stack.enter_context(self._rank(rank, life)) for rank in ranks]
+            found += [stack.enter_context(self._agent(node)) for node in agents]
             alive = [victim for victim in found if victim]
             yield alive if len(alive) == len(found) else None
 
+    def _wanted(self, planned: Planned) -> tuple[Sequence[int], Sequence[Node]]:
+        """The ranks, and the nodes whose agents, *planned* has to hit."""
+        chosen = [self._nodes[index] for index in planned.nodes]
+        match planned.target:
+            case Target.TRAINER:
+                return self._ranks_of(self._nodes), ()
+            case Target.RANK:
+                return [planned.rank], ()
+            case Target.AGENT:
+                return (), chosen
+            case Target.ALL:
+                return self._ranks_of(self._nodes), self._nodes
+            case Target.NODE:
+                return self._ranks_of(chosen), chosen
+
+    @staticmethod
+    def _ranks_of(nodes: Sequence[Node]) -> list[int]:
+        return sorted(rank for node in nodes for rank in node.ranks)
+
     def kill_ranks(self) -> None:
         """SIGKILL every rank that is alive, of whatever life. For clearing up."""
-        for rank in range(self._ranks):
+        for rank in self._ranks_of(self._nodes):
             with self._rank(rank, None) as victim:
                 if victim:
                     victim.send(signal.SIGKILL)
                     victim.ended(EXIT_S)
 
-    def dismiss_agent(self) -> None:
-        """End the agent, kindly first, and remove the job's shared memory. The ranks must have ended."""
+    def dismiss_agents(self) -> None:
+        """End the agents, kindly first, and remove the job's shared memory. The ranks must have ended."""
+        for node in self._nodes:
+            self._dismiss(node)
+
+    def _dismiss(self, node: Node) -> None:
         # Not by agent.pid alone: a rank may have died while it was starting an agent, which has yet to write it.
         deadline = time.monotonic() + DISMISSAL_S
-        while pids := [pid for pid in _every_pid() if self._is_agent(pid)]:
+        while pids := [pid for pid in _every_pid() if _is_agent(pid, node)]:
             for pid in pids:
                 with _held("agent", pid) as victim:
                     if victim:
                         _end(victim)
             if time.monotonic() > deadline:
-                raise DeadlinePassed(f"waited {DISMISSAL_S:g} s for the agent of {self._shm} to end (pids {pids})")
-        shutil.rmtree(self._shm, ignore_errors=True)
+                raise DeadlinePassed(f"waited {DISMISSAL_S:g} s for the agent of {node.shm} to end (pids {pids})")
+        shutil.rmtree(node.shm, ignore_errors=True)
 
     @contextlib.contextmanager
     def _rank(self, rank: int, life: int | None) -> Iterator[Victim | None]:
@@ -94,19 +118,20 @@ class Job:
             yield victim if victim and started_ticks(victim.pid) == entry["started_ticks"] else None
 
     @contextlib.contextmanager
-    def _agent(self) -> Iterator[Victim | None]:
+    def _agent(self, node: Node) -> Iterator[Victim | None]:
         try:
-            pid = int((self._shm / _PID_NAME).read_text())
+            pid = int((node.shm / _PID_NAME).read_text())
         except (FileNotFoundError, ValueError):
             yield None
             return
-        with _held("agent", pid) as victim:
-            yield victim if victim and self._is_agent(pid) else None
+        with _held(f"agent {node.name}".rstrip(), pid) as victim:
+            yield victim if victim and _is_agent(pid, node) else None
 
-    def _is_agent(self, pid: int) -> bool:
-        """Whether *pid* was started to serve this job's folder, whose name no other process has on its command line."""
-        arguments = _command_line(pid).split(b"\0")
-        return b"agent" in arguments and os.fsencode(self._shm) in arguments
+
+def _is_agent(pid: int, node: Node) -> bool:
+    """Whether *pid* was started to serve the node's folder, whose name no other process has on its command line."""
+    arguments = _command_line(pid).split(b"\0")
+    return b"agent" in arguments and os.fsencode(node.shm) in arguments
 
 
 def _end(victim: Victim) -> None:

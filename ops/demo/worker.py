@@ -1,4 +1,4 @@
-"""The script that torchrun starts, once per rank and life: ``python -m holdfast.ops.demo.worker --out DIR …``.
+"""The script that runs once per rank and life: ``python -m holdfast.ops.demo.worker --out DIR …``.
 
 It imports nothing heavy before it has written down which process it is and when it began.
 """
@@ -19,20 +19,23 @@ from .stopwatch import Stopwatch
 @click.option("--steps", type=int, required=True)
 @click.option("--strategy", type=click.Choice(["ddp", "fsdp2"]), required=True)
 @click.option("--seed", type=int, required=True)
-@click.option("--protected/--unprotected", required=True, help="With a Checkpointer, or without any of Holdfast.")
+@click.option("--protect", help="With a Checkpointer that protects so; without it, without any of Holdfast.")
 @click.option("--first-life", type=int, default=0, help="Number of the first life under this torchrun.")
-def main(out: Path, steps: int, strategy: str, seed: int, protected: bool, first_life: int) -> None:
-    """Train the demo's model as one rank of torchrun, whose environment says which."""
+@click.option("--store", type=click.Path(path_type=Path), help="File by which the ranks meet; else torchrun's store.")
+def main(
+    out: Path, steps: int, strategy: str, seed: int, protect: str | None, first_life: int, store: Path | None
+) -> None:
+    """Train the demo's model as the rank that the environment says, as torchrun sets it."""
     watch = Stopwatch()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    life = first_life + int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    life = first_life + int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     announce(out, rank, life)
 
     from .training import Task, train
 
     watch.lap("import")
-    store = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    train(Task(out, steps, strategy, seed, protected, rank, world, life, store), watch)
+    meet = store or (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    train(Task(out, steps, strategy, seed, protect, rank, world, life, meet), watch)
 
 
 if __name__ == "__main__":
