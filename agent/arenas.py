@@ -336,10 +336,11 @@ class Arenas:
         """What the cell holds is not needed any more."""
         self._cells[lane, index].unseal()
 
-    def cells(self) -> list[list[Cell]]:
-        """Where the cells stand, by lane."""
+    def cells(self, me: int) -> list[list[Cell]]:
+        """Where the cells stand, by lane. *me*: the place of this agent in its group; a cell that was filled in another place
+        is held by no key that anybody looks for."""
         lanes = 1 + max((lane for lane, _ in self._cells), default=-1)
-        held = {where: Cell(Stage.HELD, id, table.key) for where, id, table in self.tables()}
+        held = {where: Cell(Stage.HELD, id, table.key if table.me == me else 0) for where, id, table in self.tables()}
         return [
             [held.get((lane, i), Cell()) for i in sorted(i for its, i in self._cells if its == lane)]
             for lane in range(lanes)
@@ -357,10 +358,10 @@ class Arenas:
                     _log.warning("%s counts as lost: %s", slot.place.path, error)
         return found
 
-    def cell(self, lane: int, id: SnapshotId, key: int) -> tuple[Slot, Record] | None:
-        """The sealed cell of that snapshot and key."""
+    def cell(self, lane: int, id: SnapshotId, key: int, member: int) -> tuple[Slot, Record] | None:
+        """The sealed cell of that snapshot, key and member."""
         for (its_lane, index), its_id, table in self.tables():
-            if (its_lane, its_id, table.key) == (lane, id, key):
+            if (its_lane, its_id, table.key, table.me) == (lane, id, key, member):
                 slot = self._cells[its_lane, index]
                 record = slot.sealed_record()
                 return (slot, record) if record is not None else None

@@ -148,7 +148,7 @@ class Protector:
         self._addresses = tuple(peer.address for peer in peers)
         self._known.clear()
         self._manifests.clear()
-        cells = self._arenas.cells()[: table.lanes]
+        cells = self._arenas.cells(table.me)[: table.lanes]
         actions = self._guard.assemble(table, roster.run, floor, cells, roster.timeout_s)
         self._perform(actions)
         for held in self._arenas.inventory():
@@ -441,7 +441,7 @@ class Protector:
         return wire.Manifest(record=manifest.record.to_bytes(), checks=manifest.checks.tobytes(), text=manifest.layout)
 
     def _cell(self, id: SnapshotId, cell: wire.ParityCell) -> tuple[Slot, Record]:
-        found = self._arenas.cell(cell.lane, id, cell.key)
+        found = self._arenas.cell(cell.lane, id, cell.key, cell.index)
         if found is None:
             raise SnapshotUnknown(f"agent {self._name} has no parity of {id} of lane {cell.lane}")
         return found

@@ -173,9 +173,7 @@ class Rebuilder:
         mates = [p for p in request.parities if p.parity.key == key]
         cells: dict[int, tuple[wire.ParitySource, wire.Manifest]] = {}
         for mate in mates:
-            ask = wire.ManifestRequest(
-                id=wire_id(id), parity=wire.ParityCell(lane=mate.parity.lane, key=key), agent=self._name
-            )
+            ask = wire.ManifestRequest(id=wire_id(id), parity=_cell(mate.parity), agent=self._name)
             try:
                 told = await self._peers.manifest(mate.address, ask)
             except HoldfastError as error:
@@ -191,7 +189,7 @@ class Rebuilder:
             except Corrupt as error:
                 _log.warning("the parity of agent %s counts as lost: %s", mate.agent, error)
                 continue
-            sources[index, Kind.PARITY] = self._parity_at(mate, parity, key)
+            sources[index, Kind.PARITY] = self._parity_at(mate, parity)
         if table is None:
             raise SnapshotLost(f"no table of the group of rank {request.rank} can be read")
         for index, manifest in enumerate(table.manifests):
@@ -216,11 +214,9 @@ class Rebuilder:
             record.image_bytes, record.block_bytes, manifest.checks, open=partial(self._open, address, request)
         )
 
-    def _parity_at(self, mate: wire.ParitySource, manifest: Manifest, key: int) -> Source:
+    def _parity_at(self, mate: wire.ParitySource, manifest: Manifest) -> Source:
         record = manifest.record
-        request = wire.GrantRequest(
-            id=wire_id(record.id), purpose="rebuild", parity=wire.ParityCell(lane=mate.parity.lane, key=key)
-        )
+        request = wire.GrantRequest(id=wire_id(record.id), purpose="rebuild", parity=_cell(mate.parity))
         return Source(
             record.image_bytes, record.block_bytes, manifest.checks, open=partial(self._open, mate.address, request)
         )
@@ -230,6 +226,10 @@ def _damaged_ranges(outcome: Outcome, end: int) -> list[tuple[int, int]]:
     """The ranges of the target that lack a piece."""
     pieces: list[Piece] = [piece for found in outcome.damaged.values() for piece in found]
     return sorted({(p.target_offset, min(p.target_offset + p.nbytes, end)) for p in pieces})
+
+
+def _cell(parity: wire.Parity) -> wire.ParityCell:
+    return wire.ParityCell(lane=parity.lane, key=parity.key, index=parity.index)
 
 
 def _image(rank: int, checks_crc: int) -> wire.ImageSource:

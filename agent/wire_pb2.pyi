@@ -576,12 +576,14 @@ class ImageSource(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., checks_crc: _Optional[int] = ...) -> None: ...
 
 class ParityCell(_message.Message):
-    __slots__ = ("lane", "key")
+    __slots__ = ("lane", "key", "index")
     LANE_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
     lane: int
     key: int
-    def __init__(self, lane: _Optional[int] = ..., key: _Optional[int] = ...) -> None: ...
+    index: int
+    def __init__(self, lane: _Optional[int] = ..., key: _Optional[int] = ..., index: _Optional[int] = ...) -> None: ...
 
 class Range(_message.Message):
     __slots__ = ("offset", "nbytes")

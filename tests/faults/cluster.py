@@ -234,6 +234,11 @@ class Cluster:
             assert all(p.is_alive() for p in self.ranks) or condition(), f"ended before {what}\n{self.errors()}"
             time.sleep(0.002)
 
+    def await_restored(self) -> int:
+        """Until every rank of this life has restored; returns the step."""
+        self.until("restore", lambda: all(self.this_life(rank) for rank in range(self.world)))
+        return int(self.this_life()[0]["restored"])
+
     def this_life(self, rank: int = 0) -> list[dict[str, Any]]:
         return [entry for entry in self.log(rank) if entry["life"] == self.lives]
 

@@ -72,3 +72,28 @@ def test_any_two_nodes_are_lost_at_once(
         first = rng.randrange(nodes)
         patterns = [(first, (first + distance) % nodes) for distance in range(1, nodes)]
     _lose_each(cluster, patterns, rng)
+
+
+@pytest.mark.parametrize(("nodes", "protect", "strategy"), [(2, "1+1", "ddp"), (3, "2+1", "fsdp2"), (4, "2+2", "ddp")])
+def test_what_was_restored_is_protected_before_training_goes_on(
+    make_cluster: MakeCluster, rng: random.Random, nodes: int, protect: str, strategy: str
+) -> None:
+    """As many nodes as before are lost once more, before there is a newer snapshot, and after ranks have moved."""
+    cluster = make_cluster(nodes, protect, strategy)
+    count = int(protect[-1])
+    cluster.begin()
+    cluster.start()
+    cluster.await_protected()
+    gone = list(range(nodes - count, nodes))
+    for turn in range(1, nodes + 1):
+        cluster.lose(*gone)
+        cluster.replace(*gone)
+        cluster.step_s = 1000.0  # training stands after its first step
+        cluster.start([(rank + turn) % nodes for rank in range(nodes)])
+        cluster.await_restored()
+        gone = [(node + 1) % nodes for node in gone]
+    cluster.end_ranks()
+    cluster.step_s = 0.02
+    cluster.finish()
+    began = cluster.judge()
+    assert min(began[1:]) > 0
