@@ -187,7 +187,7 @@ def _show(plan: Plan, outcome: Outcome, report: dict[str, Any]) -> None:
 
     console = Console()
     table = Table()
-    for heading in ("kill", "of", "at step", "restored", "lost steps", "restore", "re-protect", "kill to next step"):
+    for heading in ("", "killed", "at step", "restored", "lost", "restore", "re-protect", "to next step"):
         table.add_column(heading, justify="right")
     for number, cost in enumerate(outcome.verdict.costs, start=1):
         table.add_row(str(number), *_row(cost))

@@ -62,6 +62,37 @@ def test_killed_ranks_and_agent_leave_the_run_bit_exact(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "verdict.json").read_text()) == report
 
 
+def test_a_node_lost_with_its_memory_leaves_the_run_bit_exact(tmp_path: Path) -> None:
+    options = ["--nodes", "3", "--protect", "2+1", "--permute", "--strategy", "fsdp2", "--steps", "40", "--no-plot"]
+    code, report = run_demo(tmp_path, *options, "--kill", "node", "--kills", "1")
+    assert report["differences"] == []
+    assert (report["bit_exact"], code) == (True, 0)
+    assert (report["nodes"], report["ranks"], report["protect"], report["lives"]) == (3, 1, "2+1", 2)
+    ((lost,),) = report["lost_nodes"]
+    assert (report["killed"], lost in ("n0", "n1", "n2")) == (["node"], True)
+    assert len(report["reprotect_s"]) == len(report["restore_s"]) == len(report["recovery_s"]) == 1
+    assert report["relaunches"] == 0
+    assert (tmp_path / "attacked" / f"agent-{lost}.1.log").exists(), "another agent took its place"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--kill", "node"], "no node of a group may be lost"),
+        (["--nodes", "3", "--kill", "node,node"], "1 node of a group may be lost"),
+        (["--nodes", "6", "--protect", "off", "--kill", "node"], "no node of a group may be lost"),
+        (["--nodes", "3", "--protect", "2by1"], "protection '2by1' is none of"),
+        (["--nodes", "3", "--kill", "node,rank"], "--kill 'node,rank'"),
+    ],
+)
+def test_what_no_protection_survives_is_refused_at_once(tmp_path: Path, options: list[str], reason: str) -> None:
+    done = subprocess.run(
+        [*DEMO, "--no-plot", "--out", str(tmp_path), *options], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, reason in done.stderr) == (2, True), done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_killed_agent_does_not_end_a_sharded_job(tmp_path: Path) -> None:
     options = ["--steps", "40", "--kill", "agent", "--kills", "1", "--strategy", "fsdp2", "--no-plot"]
     code, report = run_demo(tmp_path, *options)

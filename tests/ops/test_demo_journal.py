@@ -25,6 +25,7 @@ from holdfast.ops.demo.journal import (
     read_run,
     started_ticks,
 )
+from holdfast.ops.demo.nodes import Node
 from holdfast.ops.demo.schedule import Planned, Target
 from holdfast.ops.demo.victims import Job
 
@@ -110,6 +111,43 @@ def announce_other(folder: Path, rank: int, process: subprocess.Popen[bytes], *,
     (folder / f"pid-rank{rank}.json").write_text(json.dumps(entry))
 
 
+def job_of(shm: Path) -> Job:
+    """Two ranks on one node; the journal and the memory share a folder."""
+    return Job(shm, [Node("", shm, (0, 1))])
+
+
+def test_a_lost_node_takes_its_ranks_and_its_agent_along(tmp_path: Path) -> None:
+    places = {name: tmp_path / name for name in ("n0", "n1", "n2")}
+    nodes = [
+        Node(name, shm, ranks) for (name, shm), ranks in zip(places.items(), [(3, 5), (1, 2), (0, 4)], strict=True)
+    ]
+    with contextlib.ExitStack() as stack:
+        ranks = [stack.enter_context(sleeper()) for _ in range(6)]
+        agents = [stack.enter_context(sleeper("agent", "--shm", str(shm))) for shm in places.values()]
+        for rank, process in enumerate(ranks):
+            announce_other(tmp_path, rank, process, life=0)
+        for shm, agent in zip(places.values(), agents, strict=True):
+            shm.mkdir()
+            (shm / "agent.pid").write_text(str(agent.pid))
+        job = Job(tmp_path, nodes)
+        with job.victims(Planned(Target.NODE, 1, 0.0, rank=0, nodes=(0, 2)), life=0) as victims:
+            assert victims is not None
+            assert [victim.name for victim in victims] == [
+                "rank 0",
+                "rank 3",
+                "rank 4",
+                "rank 5",
+                "agent n0",
+                "agent n2",
+            ]
+        with job.victims(Planned(Target.AGENT, 1, 0.0, rank=0, nodes=(1,)), life=0) as victims:
+            assert victims is not None
+            assert [victim.pid for victim in victims] == [agents[1].pid]
+        job.dismiss_agents()
+        assert [agent.wait(timeout=10) for agent in agents] == [-signal.SIGTERM] * 3
+    assert not any(shm.exists() for shm in places.values())
+
+
 @pytest.mark.parametrize(
     ("target", "names"),
     [
@@ -125,7 +163,7 @@ def test_a_kill_hits_all_its_victims_and_nobody_else(tmp_path: Path, target: Tar
         announce_other(tmp_path, 0, first, life=2)
         announce_other(tmp_path, 1, second, life=2)
         (tmp_path / "agent.pid").write_text(str(agent.pid))
-        job = Job(tmp_path, ranks=2, shm=tmp_path)
+        job = job_of(tmp_path)
         with job.victims(Planned(target, 1, 0.0, rank=1), life=2) as victims:
             assert victims is not None
             assert [victim.name for victim in victims] == names
@@ -136,7 +174,7 @@ def test_a_kill_hits_all_its_victims_and_nobody_else(tmp_path: Path, target: Tar
 
 
 def test_no_kill_lands_while_one_of_its_victims_is_missing(tmp_path: Path) -> None:
-    job = Job(tmp_path, ranks=2, shm=tmp_path)
+    job = job_of(tmp_path)
     kill = Planned(Target.TRAINER, 1, 0.0, rank=0)
     with sleeper() as first, sleeper() as second:
         announce_other(tmp_path, 0, first, life=2)
@@ -156,11 +194,11 @@ def test_no_kill_lands_while_one_of_its_victims_is_missing(tmp_path: Path) -> No
 
 
 def test_an_agent_file_that_points_at_a_stranger_hits_nobody(tmp_path: Path) -> None:
-    job = Job(tmp_path, ranks=1, shm=tmp_path / "shm")
+    job = job_of(tmp_path / "shm")
     (tmp_path / "shm").mkdir()
     with sleeper("agent", "--shm", "elsewhere") as stranger:
         (tmp_path / "shm" / "agent.pid").write_text(str(stranger.pid))
-        job.dismiss_agent()
+        job.dismiss_agents()
         assert stranger.poll() is None
     assert not (tmp_path / "shm").exists()
 
@@ -169,6 +207,6 @@ def test_an_agent_is_dismissed_even_if_it_has_yet_to_write_its_pid(tmp_path: Pat
     shm = tmp_path / "shm"
     shm.mkdir()
     with sleeper("agent", "--shm", str(shm)) as agent:
-        Job(tmp_path, ranks=1, shm=shm).dismiss_agent()
+        job_of(shm).dismiss_agents()
         assert agent.wait(timeout=10) == -signal.SIGTERM
     assert not shm.exists()

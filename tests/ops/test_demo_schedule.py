@@ -6,11 +6,22 @@ from itertools import pairwise
 
 import pytest
 from holdfast.errors import ConfigError
-from holdfast.ops.demo.schedule import STEPS_PER_KILL, Landed, Planned, Progress, Target, advanced, due, plan_kills
+from holdfast.ops.demo.schedule import (
+    STEPS_PER_KILL,
+    Aim,
+    Landed,
+    Planned,
+    Progress,
+    Target,
+    advanced,
+    due,
+    plan_kills,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
-targets_strategy = st.lists(st.sampled_from(Target), min_size=1, max_size=4, unique=True)
+AIMS = [*map(Aim, Target), Aim(Target.NODE, 2)]
+targets_strategy = st.lists(st.sampled_from(AIMS), min_size=1, max_size=5, unique=True)
 
 
 @given(
@@ -19,30 +30,54 @@ targets_strategy = st.lists(st.sampled_from(Target), min_size=1, max_size=4, uni
     targets=targets_strategy,
     spare=st.integers(0, 300),
     ranks=st.integers(1, 8),
+    nodes=st.integers(2, 8),
 )
 def test_a_plan_fits_into_the_run_and_repeats(
-    seed: int, kills: int, targets: list[Target], spare: int, ranks: int
+    seed: int, kills: int, targets: list[Aim], spare: int, ranks: int, nodes: int
 ) -> None:
     steps = STEPS_PER_KILL * (kills + 1) + spare
-    plan = plan_kills(seed, kills=kills, targets=targets, steps=steps, ranks=ranks)
-    assert plan == plan_kills(seed, kills=kills, targets=targets, steps=steps, ranks=ranks)
+    plan = plan_kills(seed, kills=kills, targets=targets, steps=steps, ranks=ranks, nodes=nodes)
+    assert plan == plan_kills(seed, kills=kills, targets=targets, steps=steps, ranks=ranks, nodes=nodes)
     assert len(plan) == kills
     assert all(1 <= planned.step <= steps - STEPS_PER_KILL for planned in plan)
     assert all(before.step < after.step for before, after in pairwise(plan))
     assert all(0 <= planned.fraction < 1 and 0 <= planned.rank < ranks for planned in plan)
-    assert {planned.target for planned in plan} == set(targets[:kills])
+    assert {Aim(planned.target, len(planned.nodes)) for planned in plan} == set(targets[:kills])
+    for planned in plan:
+        assert list(planned.nodes) == sorted(set(planned.nodes) & set(range(nodes)))
 
 
 def test_another_seed_plans_otherwise() -> None:
-    plans = [plan_kills(seed, kills=5, targets=list(Target), steps=200, ranks=2) for seed in range(2)]
+    plans = [plan_kills(seed, kills=5, targets=AIMS[:5], steps=200, ranks=2) for seed in range(2)]
     assert plans[0] != plans[1]
 
 
 def test_a_plan_that_cannot_be_carried_out_is_refused() -> None:
     with pytest.raises(ConfigError, match="3 kills need at least 16 steps, 15 were asked for"):
-        plan_kills(0, kills=3, targets=[Target.RANK], steps=15, ranks=2)
+        plan_kills(0, kills=3, targets=[Aim(Target.RANK)], steps=15, ranks=2)
     with pytest.raises(ConfigError, match="nothing to kill"):
         plan_kills(0, kills=1, targets=[], steps=100, ranks=2)
+    with pytest.raises(ConfigError, match="2 nodes cannot be killed, as there are 1"):
+        plan_kills(0, kills=1, targets=[Aim(Target.NODE, 2)], steps=100, ranks=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "aim"),
+    [
+        *((target.value, Aim(target)) for target in Target),
+        ("node,node", Aim(Target.NODE, 2)),
+        ("node,node,node", Aim(Target.NODE, 3)),
+    ],
+)
+def test_what_to_kill_is_read_and_written_alike(text: str, aim: Aim) -> None:
+    assert Aim.parse(text) == aim
+    assert str(aim) == text
+
+
+@pytest.mark.parametrize("text", ["", "power", "rank,rank", "node,rank", "node,", ",node", "Node"])
+def test_what_cannot_be_killed_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="node,node"):
+        Aim.parse(text)
 
 
 PLANNED = Planned(Target.TRAINER, step=10, fraction=0.5, rank=0)

@@ -24,7 +24,7 @@ def loss_of(rank: int, step: int) -> float:
 
 def life(rank: int, number: int, start: int, stop: int, *, began_s: float = 0.0) -> LifeRecord:
     """A faultless life that continues from *start* and ends after step *stop*, one step per second."""
-    split_s = {"import": 1.0, "restore": 0.25 * (rank + 1)} if number else {"import": 1.0}
+    split_s = {"import": 1.0, "restore": 0.25 * (rank + 1), "re-protect": 0.125} if number else {"import": 1.0}
     steps = [
         StepDone(number, step, loss_of(rank, step).hex(), began_s + step - start, stall_ms=float(step))
         for step in range(start + 1, stop + 1)
@@ -67,14 +67,22 @@ def test_a_run_that_repeats_steps_after_a_kill_is_exact_and_the_cost_is_counted(
     assert (cost.newest_step, cost.restored_step, cost.lost_steps) == (7, 5, 2)
     assert cost.restore_s == 0.5, "the slowest rank's"
     assert cost.recovery_s == 11.0
-    assert cost.split_s == {"import": 1.0, "restore": 0.5}
+    assert cost.reprotect_s == 0.125
+    assert cost.split_s == {"import": 1.0, "restore": 0.5, "re-protect": 0.125}
+
+
+def test_lost_nodes_are_told_by_name() -> None:
+    lost = replace(kill(Target.NODE, life=0, step=6, wall_s=90.0), nodes=["n1", "n4.1"])
+    summary = judged(run((0, 7), (5, STEPS)), lost).summary()
+    assert (summary["killed"], summary["lost_nodes"]) == (["node,node"], [["n1", "n4.1"]])
+    assert (summary["lost_steps"], summary["restore_s"], summary["reprotect_s"]) == ([2], [0.5], [0.125])
 
 
 def test_a_killed_agent_costs_no_step_and_no_restore() -> None:
     verdict = judged(run((0, STEPS)), kill(Target.AGENT, life=0, step=4, wall_s=4.5))
     (cost,) = verdict.costs
     assert (cost.newest_step, cost.restored_step, cost.lost_steps) == (4, None, 0)
-    assert (cost.restore_s, cost.recovery_s) == (None, None)
+    assert (cost.restore_s, cost.reprotect_s, cost.recovery_s) == (None, None, None)
     assert verdict.summary()["lost_steps"] == [0]
     assert verdict.summary()["restore_s"] == []
 
