@@ -22,6 +22,7 @@ from ..snapshot.arena import Place
 from ..snapshot.record import SnapshotId
 from . import wire_pb2 as wire
 from .settings import PROTOCOL, NodeSettings, check_owner, pid_namespace
+from .trust import Trust
 
 _log = logging.getLogger(__name__)
 SERVICE: Final = "holdfast.v1.Agent"
@@ -37,9 +38,14 @@ Reply = TypeVar("Reply", bound=Message)
 class AgentClient:
     """Questions to one agent, over its Unix socket or its TCP address. A context manager."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, trust: Trust | None = None) -> None:
+        """*trust*: certificates for an agent that asks for them; not over a Unix socket."""
         self.target = target
-        self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+        if trust is None or target.startswith("unix:"):
+            self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+        else:
+            options = [*CHANNEL_OPTIONS, *trust.channel_options()]
+            self._channel = grpc.secure_channel(target, trust.channel_credentials(), options=options)
 
     @classmethod
     def at(cls, settings: NodeSettings) -> AgentClient:

@@ -81,9 +81,11 @@ class Protector:
         self._pool = ThreadPoolExecutor(_STREAMS, "combine")
         self._assembling = asyncio.Lock()
         self._status = wire.GroupStatus()
+        self._measured: tuple[SnapshotId, float] | None = None  # what the figures in it are of, and since when
         self._materialising: dict[tuple[SnapshotId, int], asyncio.Lock] = {}
         self._materialised: dict[tuple[SnapshotId, int], wire.MaterialiseReply] = {}
         self._ranks: tuple[int, ...] = ()
+        self.peers: tuple[str, ...] = ()  # addresses of all agents of the job
 
     async def close(self) -> None:
         """End all work."""
@@ -122,7 +124,9 @@ class Protector:
         table, peers = self._table(roster)
         self._materialising.clear()
         self._materialised.clear()
+        self._measured = None
         self._ranks = next(tuple(peer.ranks) for peer in roster.peers if peer.agent == self._name)
+        self.peers = tuple(peer.address for peer in roster.peers)
         floor = id_of(roster.floor) if roster.HasField("floor") else None
         if table is None:
             self._perform(self._guard.assemble(None, roster.run, floor, [], roster.timeout_s))
@@ -216,7 +220,6 @@ class Protector:
                 case Drop(lane, cell):
                     self._arenas.drop_cell(lane, cell)
                 case TellGuarded(id):
-                    self._status.protected.CopyFrom(wire_id(id))
                     self._tell(wire.FromAgent(guarded=wire.Guarded(id=wire_id(id))))
                 case TellUnguarded(id, reason):
                     _log.warning("%s: %s", id, reason)
@@ -307,12 +310,18 @@ class Protector:
         except (HoldfastError, OSError) as error:
             reason = str(error)
         else:
-            self._status.pulled_bytes = outcome.pulled_bytes
-            self._status.protect_s = time.monotonic() - began_s
+            self._measure(action.id, began_s, outcome.pulled_bytes)
             self._perform(self._guard.filled(action.lane, action.attempt, time.monotonic()))
             return
         _log.warning("%s: parity of lane %d: %s", action.id, action.lane, reason)
         self._perform(self._guard.failed(action.lane, action.attempt, reason, time.monotonic(), gone))
+
+    def _measure(self, id: SnapshotId, began_s: float, pulled_bytes: int) -> None:
+        """A lane of *id* is done. Figures add up over its lanes, which may run side by side."""
+        if self._measured is None or self._measured[0] != id:
+            self._measured, self._status.pulled_bytes = (id, began_s), 0
+        self._status.pulled_bytes += pulled_bytes
+        self._status.protect_s = time.monotonic() - self._measured[1]
 
     async def _fill(self, action: Accumulate) -> Outcome:
         table = self._guard.table
@@ -487,6 +496,11 @@ class Protector:
                 _log.info("%s of rank %d: %s", what[0], request.rank, done.how)
             return done
 
+    @property
+    def tls(self) -> bool:
+        """Whether agents show each other certificates."""
+        return self._tls is not None
+
     def status(self) -> wire.GroupStatus | None:
         """For ``holdfast status``; None without a group."""
         table = self._guard.table
@@ -494,6 +508,8 @@ class Protector:
             return None
         status = wire.GroupStatus()
         status.CopyFrom(self._status)
+        if guarded := self._guard.guarded():
+            status.protected.CopyFrom(wire_id(guarded[-1]))
         status.tolerance = table.tolerance
         status.parity_bytes = self._arenas.parity_bytes
         status.trouble = self._guard.trouble()

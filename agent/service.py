@@ -375,6 +375,8 @@ class AgentService:
             listen=self.listen,
             alone=self.protector is None or self.protector.status() is None,
             group=self.protector.status() if self.protector is not None else None,
+            peers=self.protector.peers if self.protector is not None else (),
+            tls=self.protector is not None and self.protector.tls,
             reserved_bytes=self._arenas.reserved_bytes,
             limit_bytes=self._arenas.limit_bytes or 0,
             trainers=[

@@ -364,7 +364,7 @@ class ImageDetail(_message.Message):
     def __init__(self, image: _Optional[_Union[Image, _Mapping]] = ..., layout: _Optional[bytes] = ..., slice_crc: _Optional[_Iterable[int]] = ..., values_crc: _Optional[int] = ..., bad_blocks: _Optional[_Iterable[int]] = ..., block_bytes: _Optional[int] = ...) -> None: ...
 
 class StatusReport(_message.Message):
-    __slots__ = ("agent", "version", "job", "pid", "uptime_s", "shm", "listen", "alone", "reserved_bytes", "limit_bytes", "trainers", "slots", "foreign", "idle_s", "group")
+    __slots__ = ("agent", "version", "job", "pid", "uptime_s", "shm", "listen", "alone", "reserved_bytes", "limit_bytes", "trainers", "slots", "foreign", "idle_s", "group", "peers", "tls")
     AGENT_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     JOB_FIELD_NUMBER: _ClassVar[int]
@@ -380,6 +380,8 @@ class StatusReport(_message.Message):
     FOREIGN_FIELD_NUMBER: _ClassVar[int]
     IDLE_S_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
+    PEERS_FIELD_NUMBER: _ClassVar[int]
+    TLS_FIELD_NUMBER: _ClassVar[int]
     agent: str
     version: str
     job: str
@@ -395,7 +397,9 @@ class StatusReport(_message.Message):
     foreign: _containers.RepeatedScalarFieldContainer[str]
     idle_s: float
     group: GroupStatus
-    def __init__(self, agent: _Optional[str] = ..., version: _Optional[str] = ..., job: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[float] = ..., shm: _Optional[str] = ..., listen: _Optional[str] = ..., alone: bool = ..., reserved_bytes: _Optional[int] = ..., limit_bytes: _Optional[int] = ..., trainers: _Optional[_Iterable[_Union[TrainerStatus, _Mapping]]] = ..., slots: _Optional[_Iterable[_Union[SlotStatus, _Mapping]]] = ..., foreign: _Optional[_Iterable[str]] = ..., idle_s: _Optional[float] = ..., group: _Optional[_Union[GroupStatus, _Mapping]] = ...) -> None: ...
+    peers: _containers.RepeatedScalarFieldContainer[str]
+    tls: bool
+    def __init__(self, agent: _Optional[str] = ..., version: _Optional[str] = ..., job: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[float] = ..., shm: _Optional[str] = ..., listen: _Optional[str] = ..., alone: bool = ..., reserved_bytes: _Optional[int] = ..., limit_bytes: _Optional[int] = ..., trainers: _Optional[_Iterable[_Union[TrainerStatus, _Mapping]]] = ..., slots: _Optional[_Iterable[_Union[SlotStatus, _Mapping]]] = ..., foreign: _Optional[_Iterable[str]] = ..., idle_s: _Optional[float] = ..., group: _Optional[_Union[GroupStatus, _Mapping]] = ..., peers: _Optional[_Iterable[str]] = ..., tls: bool = ...) -> None: ...
 
 class GroupStatus(_message.Message):
     __slots__ = ("members", "tolerance", "protected", "parity_bytes", "pulled_bytes", "protect_s", "trouble", "damaged", "calls", "call_bytes")
