@@ -383,10 +383,7 @@ class Checkpointer:
                 self._start_fresh_or_not(step)
                 self._binder.first(self._deadlines.attach)
         with self._guard("step"):
-            before = self._pulse.agreed.watermark
             verdict = self._pulse.harvest(step, wanted, self._standing, self._deadlines.beat)
-            if self._pulse.agreed.watermark > before:
-                self._holding.mark_complete(self._id(self._pulse.agreed.watermark))
             if verdict.take:
                 ticket = self._take(step)
             elif wanted:
@@ -577,6 +574,7 @@ class Checkpointer:
             Agreed(watermark=restored.step if restored else NONE),
             dropped=self._dropped,
             relayout=self._lay_out,
+            advanced=lambda step: self._holding.mark_complete(self._id(step)),
         )
 
     def _interrupt_run(self) -> None:

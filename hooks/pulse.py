@@ -61,8 +61,12 @@ class Pulse:
         *,
         dropped: Callable[[int], None],
         relayout: Callable[[int], None],
+        advanced: Callable[[int], None] = lambda step: None,
     ) -> None:
         """*dropped* is called for each outstanding step that is given up because some rank could not keep it.
+
+        *advanced* is called with each new watermark, whichever call learns of it, and before this rank takes part in another beat:
+        who knows from that one that all ranks know of the watermark can rely on what was done here.
 
         *relayout* is called when all ranks have agreed to lay their state out anew; it begins a collective, which thereby
         comes at the same place in the sequence of collectives on every rank, however late this one learns of it; it is told
@@ -74,6 +78,7 @@ class Pulse:
         self._slots = slots
         self._dropped = dropped
         self._relayout = relayout
+        self._advanced = advanced
         self._ordinal = 0  # of the step now running
         self._beat: _UnderWay | None = None
 
@@ -113,6 +118,8 @@ class Pulse:
         self.agreed, verdict = settle(
             before, Facts.from_vector(answer[0]), step=beat.step, wanted=beat.wanted, slots=self._slots
         )
+        if self.agreed.watermark > before.watermark:
+            self._advanced(self.agreed.watermark)
         self.known = before.watermark if self._ranks.world > 1 else self.agreed.watermark
         for step in before.outstanding:
             if step not in self.agreed.outstanding and step > self.agreed.watermark:
