@@ -114,6 +114,8 @@ class Protector:
         said = roster.SerializeToString(deterministic=True)
         async with self._assembling:
             if self._roster is not None and self._roster[0] == said:
+                # Whoever says it late, or again because its stream broke, may have missed what was told meanwhile.
+                self._perform(TellGuarded(id) for id in self._guard.guarded())
                 return self._roster[1]
             self._roster = None
             answer = await self._assemble(roster)
