@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 from ..agent import wire_pb2 as wire
-from ..agent.client import id_of, wire_id
+from ..agent.client import wire_id
+from ..agent.inventory import held_images, held_parities
 from ..crashpoints import reach
 from ..errors import Corrupt, LayoutMismatch, PeerFailed, RestoreDiverged, SnapshotLost
 from ..snapshot.arena import Slot
@@ -40,25 +41,6 @@ class _Prepared:
     reads: list[Read]
     values: dict[str, Any]
     shared: frozenset[str]
-
-
-def held_images(reply: wire.ImageList) -> list[Held]:
-    """The images of an agent's answer, as the plan wants them."""
-    return [
-        Held(
-            SnapshotId(i.generation, i.step, i.run), i.rank, i.world, i.watermark, reply.agent, i.path, i.image_bytes,
-            i.complete, i.checks_crc,
-        )
-        for i in reply.images
-    ]  # fmt: skip
-
-
-def held_parities(reply: wire.ImageList) -> list[HeldParity]:
-    """The parities of an agent's answer, as the plan wants them."""
-    return [
-        HeldParity(id_of(p.id), p.key, p.index, tuple(p.ranks), p.tolerance, reply.agent, p.lane)
-        for p in reply.parities
-    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ The plan explains itself: for every image, where it comes from; for every newer 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from .beat import NONE
@@ -59,6 +59,22 @@ class Rebuilt:
     rank: int
     key: int
     agents: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Prospect:
+    """Whether one snapshot can be restored, and how.
+
+    Attributes:
+        sources: where each rank's image would come from, in rank order; empty if it cannot be restored.
+        reason: why it cannot; None if it can.
+        complete: it is known to have been complete on all ranks.
+    """
+
+    id: SnapshotId
+    sources: tuple[Held | Rebuilt, ...]
+    reason: str | None
+    complete: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +138,27 @@ def plan(
             complete: of any other, nobody knows whether the lost rank had sealed it.
         hopeless: (snapshot, rank) pairs that could not be rebuilt.
     """
+    rejected: list[Rejected] = []
+    known: set[SnapshotId] = set()
+    for prospect in prospects(held, world, damaged, parities, hopeless):
+        known |= {prospect.id} if prospect.complete else set()
+        if prospect.reason is None:
+            return Plan(prospect.id, prospect.sources, tuple(rejected), _loss(rejected, known))
+        rejected.append(Rejected(prospect.id, prospect.reason))
+    return Plan(None, (), tuple(rejected), _loss(rejected, known))
+
+
+def prospects(
+    held: Iterable[Held],
+    world: int | None = None,
+    damaged: Iterable[tuple[SnapshotId, int]] = (),
+    parities: Iterable[HeldParity] = (),
+    hopeless: Iterable[tuple[SnapshotId, int]] = (),
+) -> Iterator[Prospect]:
+    """Every snapshot that anybody holds or knows of, newest first. Arguments as for ``plan``.
+
+    Without *world*, each is looked at as for as many ranks as took it.
+    """
     bad, beyond = frozenset(damaged), frozenset(hopeless)
     images: dict[SnapshotId, list[Held]] = {}
     for image in held:
@@ -129,18 +166,17 @@ def plan(
     guards: dict[SnapshotId, list[HeldParity]] = {}
     for parity in parities:
         guards.setdefault(parity.id, []).append(parity)
-    rejected: list[Rejected] = []
-    known = _known_complete(images)
+    known = known_complete(images)
     for id in sorted(images.keys() | known, reverse=True):
         good = [image for image in images.get(id, []) if (id, image.rank) not in bad]
         lost = frozenset(rank for its, rank in beyond if its == id)
         spoiled = frozenset(rank for its, rank in bad if its == id)
         help_ = guards.get(id, []) if id in known else []
-        sources, reason = _sources(images.get(id, []), good, help_, world, lost, spoiled)
-        if reason is None:
-            return Plan(id, sources, tuple(rejected), _loss(rejected, known))
-        rejected.append(Rejected(id, reason))
-    return Plan(None, (), tuple(rejected), _loss(rejected, known))
+        ranks = max((image.world for image in images.get(id, [])), default=0) if world is None else world
+        sources, reason = _sources(images.get(id, []), good, help_, ranks, lost, spoiled)
+        if reason is not None and id in guards and id not in known:
+            reason += "; not known to have been complete, so nothing of it may be rebuilt"
+        yield Prospect(id, sources, reason, id in known)
 
 
 def _sources(
@@ -162,7 +198,7 @@ def _sources(
         by_rank.setdefault(image.rank, image)
     there = frozenset(by_rank)
     for rank in range(world):
-        if rank not in there and rank not in lost and (rebuilt := _rebuilt(rank, there, parities)) is not None:
+        if rank not in there and rank not in lost and (rebuilt := how_rebuilt(rank, there, parities)) is not None:
             by_rank[rank] = rebuilt
     missing = [rank for rank in range(world) if rank not in by_rank]
     if missing:
@@ -173,7 +209,7 @@ def _sources(
     return tuple(by_rank[rank] for rank in range(world)), None
 
 
-def _rebuilt(rank: int, there: frozenset[int], parities: Sequence[HeldParity]) -> Rebuilt | None:
+def how_rebuilt(rank: int, there: frozenset[int], parities: Sequence[HeldParity]) -> Rebuilt | None:
     """How to rebuild the image of *rank* when those of *there* are held; None if no group can."""
     for key in sorted({parity.key for parity in parities if rank in parity.ranks}):
         mates = [parity for parity in parities if parity.key == key]
@@ -209,7 +245,7 @@ def _shortage(rank: int, there: frozenset[int], parities: Sequence[HeldParity]) 
     )
 
 
-def _known_complete(images: dict[SnapshotId, list[Held]]) -> set[SnapshotId]:
+def known_complete(images: dict[SnapshotId, list[Held]]) -> set[SnapshotId]:
     """Snapshots that were complete on all ranks once: those whose images are all here or say so, and watermarks in
     records."""
     known: set[SnapshotId] = set()

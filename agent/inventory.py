@@ -1,0 +1,27 @@
+"""What an agent says that it holds, as the restore plan wants it."""
+
+from __future__ import annotations
+
+from ..snapshot.record import SnapshotId
+from ..snapshot.recovery import Held, HeldParity
+from . import wire_pb2 as wire
+from .client import id_of
+
+
+def held_images(reply: wire.ImageList) -> list[Held]:
+    """The images of an agent's answer."""
+    return [
+        Held(
+            SnapshotId(i.generation, i.step, i.run), i.rank, i.world, i.watermark, reply.agent, i.path, i.image_bytes,
+            i.complete, i.checks_crc,
+        )
+        for i in reply.images
+    ]  # fmt: skip
+
+
+def held_parities(reply: wire.ImageList) -> list[HeldParity]:
+    """The parities of an agent's answer."""
+    return [
+        HeldParity(id_of(p.id), p.key, p.index, tuple(p.ranks), p.tolerance, reply.agent, p.lane)
+        for p in reply.parities
+    ]
