@@ -384,9 +384,9 @@ class Holding:
                 self._send(self._layout)
             if self._roster is not None:
                 self._send(self._roster)
-            for index, state in enumerate(self._states):
+            for index in range(len(self._states)):
                 flight = self._flights.get(index)
-                if flight and flight.copied and state.stage is not Stage.RECORDED:  # that needs nothing from any agent
+                if flight and flight.copied:  # even if it is recorded: the new agent does not look at what is not sealed yet
                     self._send(flight.copied)
             self._changed.notify_all()
 
