@@ -25,10 +25,14 @@ PLACES: Final = frozenset(
         "bulk.first-block",  # sending agent: a stream is admitted, none of its blocks is sent
         "bulk.mid-stream",  # sending agent: the first block is handed to the kernel, the rest is not
         "attach.reserved",  # agent: a slot file exists, its memory does not yet
+        "combine.mid-stripe",  # agent: one piece of parity, or of an image that is fetched or rebuilt, is in its place
         "parity.before-record",  # agent: parity accumulated and checksummed, not yet recorded
         "parity.sealed",  # agent: parity counts, nobody told
         "rebuild.begun",  # agent: a lost image is about to be computed
         "rebuild.verified",  # agent: computed and verified, not yet sealed
+        "guarded.heard",  # trainer: its node has all its parity of a snapshot, the other ranks do not know
+        "complete.unmarked",  # trainer: a snapshot is protected everywhere, its slot does not say so yet
+        "complete.marked",  # trainer: the slot says so
         "restore.planned",  # trainer: every rank knows the plan, nothing is applied
         "restore.inside-apply",  # trainer: some live tensors are overwritten
         "restore.applied",  # trainer: all is applied, newer leftovers not yet discarded

@@ -17,6 +17,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from ..crashpoints import reach
 from ..erasure.kernel import block_checksums, combine, multiply_add
 from ..erasure.stripes import Kind, Term
 from ..errors import HoldfastError
@@ -229,6 +230,7 @@ class Combiner:
                     combine(np.array([[piece.coefficient]], np.uint8), [address], [target], piece.nbytes)
                 self._target[piece.target_offset + piece.nbytes : piece.target_offset + spot.nbytes] = 0
                 spot.begun = True
+        reach("combine.mid-stripe")
         return True
 
 

@@ -198,7 +198,9 @@ class Holding:
             self._complete = max(filter(None, (id, self._complete)))
             index = find(self._states, id)
             if index is not None and self._states[index].stage is Stage.SEALED:
+                reach("complete.unmarked")
                 self._slots[index].mark_complete()
+                reach("complete.marked")
 
     def discard_newer(self, than: SnapshotId) -> list[SnapshotId]:
         """Give up everything newer than *than*; returns what that was."""
@@ -419,6 +421,7 @@ class Holding:
 
     def _has_guarded(self, id: SnapshotId) -> None:
         with self._changed:
+            reach("guarded.heard")
             self._guarded = {held for held in self._guarded if find(self._states, held) is not None} | {id}
             self._changed.notify_all()
 

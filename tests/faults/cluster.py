@@ -7,6 +7,7 @@ another name and address. ``judge`` compares whatever any rank ever did with an 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -193,8 +194,9 @@ class Cluster:
 
     def _kill_rank(self, rank: int) -> None:
         if rank < len(self.ranks) and (pid := self.ranks[rank].pid) is not None and self.ranks[rank].is_alive():
-            os.kill(pid, signal.SIGKILL)
-            self.kills += 1
+            with contextlib.suppress(ProcessLookupError):  # it ended just now, by itself
+                os.kill(pid, signal.SIGKILL)
+                self.kills += 1
 
     def finish(self, more: int = 3) -> None:
         """Start a last life, of a few steps more than any before, and see it end well."""
@@ -233,6 +235,24 @@ class Cluster:
             assert time.monotonic() < deadline_s, f"no {what} within {DEADLINE_S} s\n{self.errors()}"
             assert all(p.is_alive() for p in self.ranks) or condition(), f"ended before {what}\n{self.errors()}"
             time.sleep(0.002)
+
+    def await_agent_death(self, index: int) -> None:
+        """Until the agent has died of SIGKILL, where it was told to."""
+        code: int | None = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = self.there[index].agent.wait(DEADLINE_S)
+        assert code == -signal.SIGKILL, f"exit code {code}\n{self.errors()}"
+
+    def await_rank_death(self, rank: int) -> None:
+        """Until the rank has died of SIGKILL, where it was told to."""
+        self.ranks[rank].join(DEADLINE_S)
+        code = self.ranks[rank].exitcode
+        assert code == -signal.SIGKILL, f"exit code {code}\n{self.errors()}"
+
+    @property
+    def settled(self) -> bool:
+        """Whether this life has restored, so that what it restored is protected again."""
+        return any(self.this_life(rank) for rank in range(self.world))
 
     def await_restored(self) -> int:
         """Until every rank of this life has restored; returns the step."""

@@ -25,6 +25,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP would warn of what it is told to do
+
 import numpy as np
 import torch
 import torch.distributed as dist

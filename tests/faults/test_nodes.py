@@ -13,6 +13,36 @@ from typing import Any
 import pytest
 from faults.cluster import Cluster
 
+AGENT_PLACES = [
+    "bulk.first-block=1",
+    "bulk.first-block=12",
+    "bulk.mid-stream=1",
+    "bulk.mid-stream=12",
+    "combine.mid-stripe=1",
+    "combine.mid-stripe=20",
+    "parity.before-record=1",
+    "parity.before-record=4",
+    "parity.sealed=1",
+    "parity.sealed=4",
+    "seal.before-record=3",
+    "seal.after-record=3",
+]
+REBUILD_PLACES = ["rebuild.begun=1", "combine.mid-stripe=1", "rebuild.verified=1"]
+TRAINER_PLACES = [
+    "capture.opened=3",
+    "capture.copied=3",
+    "fence.before-commit=3",
+    "fence.committed=3",
+    "guarded.heard=1",
+    "guarded.heard=4",
+    "complete.unmarked=1",
+    "complete.unmarked=3",
+    "complete.marked=1",
+    "complete.marked=3",
+    "restore.planned=1",
+    "restore.inside-apply=1",
+    "restore.applied=1",
+]
 MakeCluster = Callable[..., Cluster]
 
 
@@ -97,3 +127,102 @@ def test_what_was_restored_is_protected_before_training_goes_on(
     cluster.finish()
     began = cluster.judge()
     assert min(began[1:]) > 0
+
+
+def _partner(cluster: Cluster, victim: int, lost: set[int], rng: random.Random) -> int:
+    """A second node to lose with *victim*. While what was lost before is not protected again, it is one of those."""
+    others = set(range(cluster.nodes)) if cluster.settled else lost
+    return rng.choice(sorted(others - {victim}))
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+def test_an_agent_dies_at_a_named_place_and_another_node_with_it(
+    make_cluster: MakeCluster, rng: random.Random, strategy: str
+) -> None:
+    cluster = make_cluster(4, "2+2", strategy)
+    cluster.begin()
+    cluster.start()
+    cluster.await_protected()
+    lost = set(rng.sample(range(4), 2))
+    for place in rng.sample(AGENT_PLACES, len(AGENT_PLACES)):
+        victim = rng.choice(sorted(lost))
+        print(f"then {lost} are lost; agent of {victim} dies at {place}")
+        cluster.lose(*lost)
+        cluster.replace(*lost, crash={victim: place})
+        cluster.start(rng.sample(range(4), 4))
+        cluster.await_agent_death(victim)
+        lost = {victim, _partner(cluster, victim, lost, rng)}
+    cluster.lose(*lost)
+    cluster.replace(*lost)
+    cluster.finish()
+    assert min(cluster.judge()[1:]) > 0
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+def test_a_second_node_is_lost_while_the_first_is_rebuilt(
+    make_cluster: MakeCluster, rng: random.Random, strategy: str
+) -> None:
+    """What has replaced the first dies in the middle of it, and so does another."""
+    cluster = make_cluster(4, "2+2", strategy)
+    cluster.begin()
+    for place in REBUILD_PLACES:
+        cluster.start()
+        cluster.await_protected(2)  # of this life, so that images are where their ranks are, and nowhere else
+        first, second = rng.sample(range(4), 2)
+        cluster.lose(first)
+        cluster.replace(first, crash={first: place})
+        cluster.start()
+        cluster.await_agent_death(first)
+        assert not cluster.settled
+        cluster.lose(first, second)
+        cluster.replace(first, second)
+    cluster.finish()
+    assert min(cluster.judge()[2::2]) > 0
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+def test_nodes_are_lost_while_others_are_restored(make_cluster: MakeCluster, rng: random.Random, strategy: str) -> None:
+    """A second loss at any instant of a restart: before, during and after the restore, and once training goes on."""
+    cluster = make_cluster(6, "4+2", strategy)
+    cluster.begin()
+    cluster.start()
+    cluster.await_protected()
+    lost, exposed = {rng.randrange(6)}, set[int]()
+    for _ in range(10):
+        cluster.lose(*lost)
+        cluster.replace(*lost)
+        cluster.start(rng.sample(range(6), 6))
+        time.sleep(rng.uniform(0, 3.0))
+        exposed = set() if cluster.settled else exposed | lost  # two in all may be, before all is protected again
+        others = sorted(set(range(6)) - exposed)
+        lost = set(rng.sample(others, rng.randint(not exposed, 2 - len(exposed))))
+        lost |= set(rng.sample(sorted(exposed), rng.randint(not lost, len(exposed))))
+    cluster.lose(*lost)
+    cluster.replace(*lost)
+    cluster.finish()
+    assert min(cluster.judge()[1:]) > 0
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+def test_a_trainer_dies_at_a_named_place_and_two_nodes_with_it(
+    make_cluster: MakeCluster, rng: random.Random, strategy: str
+) -> None:
+    cluster = make_cluster(4, "2+2", strategy)
+    cluster.begin()
+    cluster.start()
+    cluster.await_protected()
+    lost = set(rng.sample(range(4), 2))
+    for place in rng.sample(TRAINER_PLACES, len(TRAINER_PLACES)):
+        cluster.lose(*lost)
+        cluster.replace(*lost)
+        placement = rng.sample(range(4), 4)
+        victim = rng.choice(sorted(lost))
+        rank = placement.index(victim)
+        print(f"{lost} were lost; rank {rank} on {victim} dies at {place}")
+        cluster.start(placement, crash={rank: place})
+        cluster.await_rank_death(rank)
+        lost = {victim, _partner(cluster, victim, lost, rng)}
+    cluster.lose(*lost)
+    cluster.replace(*lost)
+    cluster.finish()
+    assert min(cluster.judge()[1:]) > 0
