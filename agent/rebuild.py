@@ -78,13 +78,12 @@ class Rebuilder:
                     return await self._fetch(id, image)
                 except HoldfastError as error:
                     reasons.append(f"fetching from {image.agent}: {error}")
-        for parity in request.parities:
-            if request.rank in parity.parity.ranks:
-                try:
-                    return await self._rebuild(id, request, parity.parity.key)
-                except (HoldfastError, Unrecoverable) as error:
-                    reasons.append(f"rebuilding: {error}")
-                    break
+        # Between two groupings there may be parity of both, and of one of them too little.
+        for key in dict.fromkeys(p.parity.key for p in request.parities if request.rank in p.parity.ranks):
+            try:
+                return await self._rebuild(id, request, key)
+            except (HoldfastError, Unrecoverable) as error:
+                reasons.append(f"rebuilding: {error}")
         raise SnapshotLost(
             f"the image of {id} of rank {request.rank} cannot be had: {'; '.join(reasons) or 'no source'}"
         )
