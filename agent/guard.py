@@ -168,12 +168,20 @@ class _Job:
 
 @dataclass(slots=True)
 class _Lane:
-    """One lane: its cells, what fills one of them now, and when the next try may be made."""
+    """One lane: its cells, what fills one of them now, and how often that failed, by snapshot, and when to try again."""
 
     cells: list[Cell]
     job: _Job | None = None
-    failures: int = 0
-    retry_at_s: float = 0.0
+    failures: dict[SnapshotId, tuple[int, float]] = field(default_factory=dict)
+
+    def may_try(self, id: SnapshotId, now_s: float) -> bool:
+        """Whether the pause after the last failure is over."""
+        return now_s >= self.failures.get(id, (0, now_s))[1]
+
+    def failed(self, id: SnapshotId, now_s: float) -> None:
+        """Pause longer each time."""
+        count = self.failures.get(id, (0, 0.0))[0]
+        self.failures[id] = count + 1, now_s + min(_RETRY_FROM_S * 2**count, _RETRY_UP_TO_S)
 
 
 @dataclass(slots=True)
@@ -242,6 +250,11 @@ class Guard:
         actions = self._abandon(id, "given up")
         self._wanted.pop(id, None)
         self._offers = {key: offer for key, offer in self._offers.items() if key[2] != id}
+        for lane, place in enumerate(self._lanes):
+            for index, cell in enumerate(place.cells):
+                if cell.id == id != self.keep:
+                    place.cells[index] = Cell()
+                    actions.append(Drop(lane, index))
         return actions
 
     def mine(self) -> list[Offer]:
@@ -275,14 +288,10 @@ class Guard:
         if job is None:
             return []
         place = self._lanes[lane]
-        place.job, place.failures = None, 0
+        place.job = None
+        place.failures.pop(job.id, None)
         place.cells[job.cell] = Cell(Stage.HELD, job.id, place.cells[job.cell].key)
-        drops: list[Action] = []
-        for index, cell in enumerate(place.cells):  # the same snapshot, guarded in a group that is no more
-            if index != job.cell and cell.id == job.id:
-                place.cells[index] = Cell()
-                drops.append(Drop(lane, index))
-        return drops + self._begin(now_s)
+        return self._begin(now_s)
 
     def failed(self, lane: int, attempt: int, reason: str, now_s: float, gone: int | None = None) -> list[Action]:
         """The cell could not be filled. *gone*: the member whose image was no longer there, if that is why."""
@@ -292,14 +301,13 @@ class Guard:
         place = self._lanes[lane]
         place.job = None
         place.cells[job.cell] = Cell()
-        place.failures += 1
-        place.retry_at_s = now_s + min(_RETRY_FROM_S * 2 ** (place.failures - 1), _RETRY_UP_TO_S)
+        place.failed(job.id, now_s)
         if job.id in self._wanted:
             self._wanted[job.id].trouble = reason
         if gone is not None and self.table is not None and gone != self.table.me:
             self._offers.pop((gone, lane, job.id), None)
-            return [AskOffers(gone)]
-        return []
+            return [AskOffers(gone), *self._begin(now_s)]
+        return self._begin(now_s)
 
     def tick(self, now_s: float) -> list[Action]:
         """Time has passed: tries that are due again, and snapshots that took too long."""
@@ -329,9 +337,9 @@ class Guard:
     def _begin_lane(self, lane: int, id: SnapshotId, now_s: float) -> list[Action]:
         place = self._lanes[lane]
         offers = self._complete(lane, id)
-        if place.job is not None or offers is None or self._holds(lane, id) or now_s < place.retry_at_s:
+        if place.job is not None or offers is None or self._holds(lane, id) or not place.may_try(id, now_s):
             return []
-        cell = self._overwritable(place, id)
+        cell = self._overwritable(lane, id)
         if cell is None:
             return []
         self._attempts += 1
@@ -340,13 +348,35 @@ class Guard:
         place.cells[cell] = Cell(Stage.FILLING, id, key)
         return [Accumulate(lane, cell, id, key, self._attempts, offers)]
 
-    def _overwritable(self, place: _Lane, id: SnapshotId) -> int | None:
-        """A free cell, else the one with the oldest snapshot; never that of ``keep``, unless it is to be guarded anew."""
-        free = next((i for i, cell in enumerate(place.cells) if cell.stage is Stage.FREE), None)
+    def _overwritable(self, lane: int, id: SnapshotId) -> int | None:
+        """A free cell, else the oldest that is not needed.
+
+        What is outstanding is needed, as it may be the watermark in a moment, and ``keep``. Of that there may be parity of a
+        group that is no more: it goes once this agent holds its part of the new one, and then only for a newer snapshot, as
+        these are taken only when all members do. Where nothing but such parity is held, one of it has to go.
+        """
+        cells = self._lanes[lane].cells
+        free = next((i for i, cell in enumerate(cells) if cell.stage is Stage.FREE), None)
         if free is not None:
             return free
-        old = [(cell.id, i) for i, cell in enumerate(place.cells) if cell.id is not None and cell.id != self.keep]
-        return min(old)[1] if old else None
+        replaced = id != self.keep and self.keep is not None and self._holds(lane, self.keep)
+        old: list[tuple[SnapshotId, int]] = []
+        for index, cell in enumerate(cells):
+            if cell.stage is not Stage.HELD or cell.id is None:
+                continue
+            if cell.id == self.keep:
+                needed = not replaced or self._fits(lane, cell)
+            else:
+                needed = cell.id in self._wanted
+            if not needed:
+                old.append((cell.id, index))
+        stuck = id == self.keep and all(cell.stage is Stage.HELD and cell.id == id for cell in cells)
+        return min(old)[1] if old else 0 if stuck else None
+
+    def _fits(self, lane: int, cell: Cell) -> bool:
+        """Whether the cell's parity is of the images that are offered now, in this group."""
+        offers = self._complete(lane, cell.id) if cell.id is not None else None
+        return offers is not None and cell.key == key_of(offers, self._tolerance)
 
     def _complete(self, lane: int, id: SnapshotId) -> tuple[Offer | None, ...] | None:
         """An offer of every member that has a rank in this lane; None if one is missing."""
