@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
@@ -14,31 +17,60 @@ import click
 from ..agent import wire_pb2 as wire
 from ..agent.client import AgentClient
 from ..agent.settings import NodeSettings, check_owner
-from ..errors import AgentError, AgentUnreachable, ConfigError, DeadlinePassed, HoldfastError
-from ..snapshot.record import SnapshotId
+from ..agent.trust import Trust
+from ..errors import (
+    AgentError,
+    AgentMismatch,
+    AgentUnreachable,
+    AgentUntrusted,
+    ConfigError,
+    DeadlinePassed,
+    HoldfastError,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 _HOST_AND_PORT: Final = re.compile(r"[^/]+:\d{1,5}")
 _UNLIMITED_WIDTH: Final = 500  # columns, where no terminal limits them: a line in a log must not be cut
+_AT_ONCE: Final = 32  # agents that are asked side by side
 _T = TypeVar("_T")
-_Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
-def asking(command: _Command) -> _Command:
-    """The options by which one says which agents to ask, and ``--json``."""
+def asking(command: Callable[..., None]) -> Callable[..., None]:
+    """The options by which one says which agents to ask, and ``--json``. *command* is given ``asked`` and ``as_json``."""
+
+    @functools.wraps(command)
+    def call(
+        *,
+        agents: tuple[str, ...],
+        job: str | None,
+        tls_ca: str | None,
+        tls_cert: str | None,
+        tls_key: str | None,
+        **others: Any,
+    ) -> None:
+        asked = whom(agents, job, os.environ)
+        command(asked=replace(asked, trust=Trust.read(tls_ca, tls_cert, tls_key)), **others)
+
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object; docs/cli.md names its keys."),
+        click.option("--tls-key", type=click.Path(), envvar="HOLDFAST_TLS_KEY", help="Key of that certificate."),
+        click.option("--tls-cert", type=click.Path(), envvar="HOLDFAST_TLS_CERT", help="Certificate to show them."),
+        click.option(
+            "--tls-ca", type=click.Path(), envvar="HOLDFAST_TLS_CA",
+            help="Certificate of the CA of all agents, if they ask for certificates.",
+        ),
         click.option("--job", help="Ask this job's agent on this node."),
         click.option(
             "--agent", "agents", metavar="ADDRESS", multiple=True,
             help="Ask the agent at this Unix socket or host:port; may be repeated. Default: HOLDFAST_AGENT, HOLDFAST_SHM "
-            "or HOLDFAST_JOB where one is set, else every agent of yours on this node.",
+            "or HOLDFAST_JOB where one is set, else every agent of yours on this node. All other agents of their jobs are "
+            "asked too.",
         ),
     ):  # fmt: skip
-        command = option(command)
-    return command
+        call = option(call)
+    return call
 
 
 # -- which agents -----------------------------------------------------------------------------------------------------
@@ -46,10 +78,14 @@ def asking(command: _Command) -> _Command:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """The agents to ask. ``named``: somebody asked for these, so silence is a failure; otherwise they were found."""
+    """The agents to ask. ``named``: somebody asked for these, so silence is a failure; otherwise they were found.
+
+    ``trust``: certificates for those that ask for them.
+    """
 
     addresses: tuple[str, ...]
     named: bool
+    trust: Trust | None = None
 
 
 def whom(agents: Sequence[str], job: str | None, environment: Mapping[str, str]) -> Asked:
@@ -89,15 +125,15 @@ def _address(text: str) -> str:
     raise ConfigError(f"{text!r} is no agent's address: the path of its Unix socket or host:port is needed")
 
 
-def connect(address: str) -> AgentClient:
-    """A client of the agent at *address*.
+def connect(address: str, trust: Trust | None = None) -> AgentClient:
+    """A client of the agent at *address*; *trust* is of no use over a Unix socket.
 
     Raises:
         AgentUnreachable: there is no such socket.
         AgentUntrusted: the socket belongs to somebody else.
     """
     if not address.startswith("/"):
-        return AgentClient(address)
+        return AgentClient(address, trust)
     try:
         check_owner(Path(address))
     except FileNotFoundError as error:
@@ -112,10 +148,11 @@ def connect(address: str) -> AgentClient:
 
 @dataclass(frozen=True, slots=True)
 class Answered(Generic[_T]):
-    """What the agent at *address* said."""
+    """What the agent at *address* said. ``directly``: it was asked for; otherwise another agent of its job knew of it."""
 
     address: str
     answer: _T
+    directly: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,79 +171,50 @@ class Answers(Generic[_T]):
     silent: tuple[Silent, ...]
 
 
-def ask(asked: Asked, question: Callable[[AgentClient], _T]) -> Answers[_T]:
-    """Put *question* to each agent.
+def ask(asked: Asked, question: Callable[[AgentClient], _T], report: Callable[[_T], wire.StatusReport]) -> Answers[_T]:
+    """Put *question* to each agent, and to all others of their jobs, which these know of.
 
     An agent that does not answer is an answer too, unless somebody named these agents and none of them answers: then its
-    error is raised.
+    error is raised. *report* is the status report in an answer.
     """
-    given: list[Answered[_T]] = []
-    silent: list[Silent] = []
-    for address in asked.addresses:
-        try:
-            with connect(address) as client:
-                given.append(Answered(address, question(client)))
-        except (AgentError, DeadlinePassed) as error:
-            silent.append(Silent(address, error))
+    first = _put(asked.addresses, asked.trust, question)
+    given, silent = list(first.given), list(first.silent)
     if asked.named and not given:
         raise silent[0].error
+    told = {*asked.addresses, *(report(answered.answer).listen for answered in given)}
+    while unknown := {peer: r for r in (report(a.answer) for a in given) for peer in r.peers if peer not in told}:
+        told.update(unknown)
+        found = _put([peer for peer, by in unknown.items() if asked.trust or not by.tls], asked.trust, question)
+        for answered in found.given:
+            if (job := report(answered.answer).job) == unknown[answered.address].job:
+                given.append(replace(answered, directly=False))
+            else:
+                silent.append(Silent(answered.address, AgentMismatch(f"an agent of job {job!r} is there now")))
+        silent += found.silent
+        if not asked.trust:
+            silent += [Silent(peer, AgentUntrusted(_NO_CERTIFICATE)) for peer, by in unknown.items() if by.tls]
     return Answers(tuple(given), tuple(silent))
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """One image, and the address of the agent that holds it."""
-
-    address: str
-    agent: str
-    image: wire.Image
+_NO_CERTIFICATE: Final = "it asks for certificates: give --tls-ca, --tls-cert and --tls-key (HOLDFAST_TLS_*)"
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """All images of one snapshot that were found, by rank. Never empty."""
+def _put(addresses: Sequence[str], trust: Trust | None, question: Callable[[AgentClient], _T]) -> Answers[_T]:
+    """Ask side by side; answers come in the order of *addresses*."""
 
-    job: str
-    id: SnapshotId
-    copies: tuple[Copy, ...]
+    def one(address: str) -> Answered[_T] | Silent:
+        try:
+            with connect(address, trust) as client:
+                return Answered(address, question(client))
+        except (AgentError, DeadlinePassed) as error:
+            return Silent(address, error)
 
-    @property
-    def world(self) -> int:
-        """How many ranks the snapshot was taken of."""
-        return self.copies[0].image.world
-
-    @property
-    def ranks(self) -> list[int]:
-        """The ranks whose image is held, in order."""
-        return sorted({copy.image.rank for copy in self.copies})
-
-    @property
-    def complete(self) -> bool:
-        """Whether an image of every rank is held."""
-        return self.ranks == list(range(self.world))
-
-
-Holdings = tuple[wire.StatusReport, wire.ImageList]
-
-
-def holdings(client: AgentClient) -> Holdings:
-    """The question for which snapshots an agent holds, and for which job."""
-    return client.status(), client.inventory()
-
-
-def snapshots(given: Iterable[Answered[Holdings]]) -> list[Snapshot]:
-    """The snapshots held, by job, then newest first."""
-    found: dict[tuple[str, SnapshotId], list[Copy]] = {}
-    for answered in given:
-        report, images = answered.answer
-        for image in images.images:
-            id = SnapshotId(image.generation, image.step, image.run)
-            found.setdefault((report.job, id), []).append(Copy(answered.address, report.agent, image))
-    newest_first = sorted(found.items(), key=lambda entry: entry[0][1], reverse=True)
-    return [
-        Snapshot(job, id, tuple(sorted(copies, key=lambda copy: copy.image.rank)))
-        for (job, id), copies in sorted(newest_first, key=lambda entry: entry[0][0])
-    ]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        answers = list(pool.map(one, addresses))
+    return Answers(
+        tuple(answer for answer in answers if isinstance(answer, Answered)),
+        tuple(answer for answer in answers if isinstance(answer, Silent)),
+    )
 
 
 # -- how it is shown --------------------------------------------------------------------------------------------------

@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..agent import wire_pb2 as wire
-from ..errors import ConfigError, Corrupt, SnapshotUnknown
+from ..agent.trust import Trust
+from ..errors import Corrupt
 from ..snapshot.layout import Layout
-from .answers import (
-    Snapshot,
-    ask,
-    asking,
-    connect,
-    console,
-    holdings,
-    print_json,
-    printable,
-    snapshots,
-    tell_silent,
-    whom,
-)
+from .answers import Asked, asking, connect, console, print_json, printable, tell_silent
+from .held import LATEST, Snapshot, ask_holdings, choose, snapshots
 from .quantity import show_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-LATEST: Final = "latest"
-_NAME: Final = re.compile(r"(?:([0-9a-fA-F-]*)/)?(\d+|latest)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,17 +62,26 @@ class Contents:
 
 @click.command
 @asking
-@click.argument("snapshot", metavar="RUN/STEP")
-def inspect(snapshot: str, agents: tuple[str, ...], job: str | None, as_json: bool) -> None:
+@click.option("--explain", "explained", is_flag=True, help="Say whether and how it can be restored; read no image.")
+@click.argument("snapshot", metavar="[RUN/STEP]", default=LATEST)
+def inspect(snapshot: str, asked: Asked, as_json: bool, explained: bool) -> None:
     """Show the tensors of one snapshot, and check every byte of it.
 
-    RUN may be cut short as far as it stays unambiguous, and left out where only one run holds that step. 'latest' is the
-    newest complete snapshot, RUN/latest that of one run.
+    RUN may be cut short as far as it stays unambiguous, and left out where only one run holds that step. 'latest', which is
+    what is meant if nothing is said, is the newest complete snapshot, RUN/latest that of one run.
+
+    With --explain, say whether and how it can be restored, why no newer one can, and what could still be lost; 'latest' then
+    is the one that a restore would choose.
     """
-    answers = ask(whom(agents, job, os.environ), holdings)
+    answers = ask_holdings(asked)
     tell_silent(answers.silent)
+    if explained:
+        from .explain import explain
+
+        explain(snapshot, answers, as_json=as_json)
+        return
     chosen = choose(snapshot, snapshots(answers.given))
-    contents = _read(chosen)
+    contents = _read(chosen, asked.trust)
     if as_json:
         print_json(_json(contents))
     else:
@@ -100,50 +94,18 @@ def inspect(snapshot: str, agents: tuple[str, ...], job: str | None, as_json: bo
         raise Corrupt(f"{chosen.id} has blocks that do not match their checksum: {images}")
 
 
-def choose(name: str, held: Sequence[Snapshot]) -> Snapshot:
-    """The one snapshot that *name* means.
-
-    Raises:
-        ConfigError: *name* is none, or means several.
-        SnapshotUnknown: nothing that is held goes by that name.
-    """
-    match = _NAME.fullmatch(name)
-    if match is None or (match[1] is None and match[2] != LATEST):
-        raise ConfigError(f"{name!r} names no snapshot: RUN/STEP, /STEP, RUN/latest or latest does")
-    run = (match[1] or "").replace("-", "").lower()
-    found = [s for s in held if s.id.run.startswith(run)]
-    found = _newest(found) if match[2] == LATEST else [s for s in found if s.id.step == int(match[2])]
-    if not found:
-        raise SnapshotUnknown(f"no snapshot {name} is held; held are: {_listed(held) or 'none'}")
-    if len(found) > 1:
-        raise ConfigError(f"{name} may be any of {_listed(found)}; say more of the run, or which --job")
-    return found[0]
-
-
-def _newest(held: Iterable[Snapshot]) -> list[Snapshot]:
-    """The newest complete snapshot of each job; *held* has the newer ones of a job first."""
-    newest: dict[str, Snapshot] = {}
-    for s in held:
-        if s.complete:
-            newest.setdefault(s.job, s)
-    return list(newest.values())
-
-
-def _listed(held: Iterable[Snapshot]) -> str:
-    return ", ".join(f"{s.id} of job {s.job}" + ("" if s.complete else " (incomplete)") for s in held)
-
-
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _read(snapshot: Snapshot) -> Contents:
-    """Have every agent that holds an image of *snapshot* read it in full."""
+def _read(snapshot: Snapshot, trust: Trust | None) -> Contents:
+    """Have every agent that holds an image of *snapshot* read it in full. Of several copies, a sound one is shown."""
     details: list[wire.ImageDetail] = []
     for address in dict.fromkeys(copy.address for copy in snapshot.copies):
-        with connect(address) as client:
+        with connect(address, trust) as client:
             details += client.inspect(snapshot.id.run, snapshot.id.step).images
-    details.sort(key=lambda detail: detail.image.rank)
-    return Contents(snapshot, tuple(details), tuple(tensors_of(details)), tuple(map(_values_of, details)))
+    details.sort(key=lambda detail: (detail.image.rank, len(detail.bad_blocks)))
+    best = list({detail.image.rank: detail for detail in reversed(details)}.values())[::-1]
+    return Contents(snapshot, tuple(details), tuple(tensors_of(best)), tuple(map(_values_of, best)))
 
 
 def tensors_of(details: Iterable[wire.ImageDetail]) -> Iterator[Tensor]:
@@ -184,10 +146,9 @@ def _show(out: Console, contents: Contents) -> None:
     from rich.table import Column, Table
 
     s = contents.snapshot
-    total = sum(detail.image.image_bytes for detail in contents.images)
     out.print(
         printable(f"snapshot {s.id.run}/{s.id.step} of job {s.job}, generation {s.id.generation}: ")
-        + f"{len(s.ranks)} of {s.world} ranks, {len(contents.tensors)} tensors, {show_bytes(total)}",
+        + f"{len(s.ranks)} of {s.world} ranks, {len(contents.tensors)} tensors, {show_bytes(s.nbytes)}",
         soft_wrap=True,
     )
     table = Table(Column("tensor", overflow="fold"), "dtype", "shape", "rank: slice", "bytes", "crc32c")

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .answers import (
-    Snapshot,
-    ask,
-    asking,
-    console,
-    holdings,
-    print_json,
-    printable,
-    silent_json,
-    snapshots,
-    tell_silent,
-    whom,
-)
+from ..snapshot.recovery import Prospect, Rebuilt
+from .answers import Asked, asking, console, print_json, printable, silent_json, tell_silent
+from .held import JobHoldings, Snapshot, ask_holdings, by_job, snapshots
 from .quantity import show_bytes, show_ranks
 
 if TYPE_CHECKING:
@@ -29,21 +18,22 @@ if TYPE_CHECKING:
 
 @click.command
 @asking
-def ls(agents: tuple[str, ...], job: str | None, as_json: bool) -> None:
+def ls(asked: Asked, as_json: bool) -> None:
     """List the snapshots that are held, newest first."""
-    answers = ask(whom(agents, job, os.environ), holdings)
-    held = snapshots(answers.given)
+    answers = ask_holdings(asked)
+    held, jobs = snapshots(answers.given), by_job(answers.given)
     if as_json:
-        print_json({"snapshots": [_json(s) for s in held], "silent": silent_json(answers.silent)})
+        listed = [_json(s, jobs[s.job].prospects[s.id]) for s in held]
+        print_json({"snapshots": listed, "silent": silent_json(answers.silent)})
         return
-    console().print(_table(held) if held else "no snapshots are held")
+    console().print(_table(held, jobs) if held else "no snapshots are held")
     tell_silent(answers.silent)
 
 
-def _table(held: Sequence[Snapshot]) -> Table:
+def _table(held: Sequence[Snapshot], jobs: Mapping[str, JobHoldings]) -> Table:
     from rich.table import Table
 
-    table = Table("job", "snapshot", "generation", "ranks held", "complete", "bytes", "where")
+    table = Table("job", "snapshot", "generation", "ranks held", "complete", "restorable", "bytes", "where")
     for s in held:
         table.add_row(
             printable(s.job),
@@ -51,13 +41,25 @@ def _table(held: Sequence[Snapshot]) -> Table:
             str(s.id.generation),
             f"{len(s.ranks)} of {s.world}" + ("" if s.complete else f": {show_ranks(s.ranks)}"),
             "yes" if s.complete else "no",
-            show_bytes(_bytes(s)),
+            _restorable(jobs[s.job].prospects[s.id]),
+            show_bytes(s.nbytes),
             printable(", ".join(sorted({copy.agent for copy in s.copies}))),
         )
     return table
 
 
-def _json(s: Snapshot) -> dict[str, Any]:
+def _restorable(prospect: Prospect) -> str:
+    """Like ``rebuilding 2-3``."""
+    ranks = _rebuilt(prospect)
+    return "no" if prospect.reason is not None else f"rebuilding {show_ranks(ranks)}" if ranks else "yes"
+
+
+def _rebuilt(prospect: Prospect) -> list[int]:
+    """The ranks whose image would be computed from its group."""
+    return [source.rank for source in prospect.sources if isinstance(source, Rebuilt)]
+
+
+def _json(s: Snapshot, prospect: Prospect) -> dict[str, Any]:
     return {
         "job": s.job,
         "run": s.id.run,
@@ -66,7 +68,9 @@ def _json(s: Snapshot) -> dict[str, Any]:
         "world": s.world,
         "ranks": s.ranks,
         "complete": s.complete,
-        "image_bytes": _bytes(s),
+        "restorable": prospect.reason is None,
+        "rebuilt": _rebuilt(prospect),
+        "image_bytes": s.nbytes,
         "images": [
             {
                 "rank": copy.image.rank,
@@ -79,7 +83,3 @@ def _json(s: Snapshot) -> dict[str, Any]:
             for copy in s.copies
         ],
     }
-
-
-def _bytes(s: Snapshot) -> int:
-    return sum(copy.image.image_bytes for copy in s.copies)

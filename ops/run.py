@@ -202,16 +202,19 @@ def _revive(settings: NodeSettings) -> bool | None:
 
 def _tell_what_is_held(settings: NodeSettings, code: int) -> None:
     """After a failure: what the next life of the job will find."""
-    from .answers import Asked, ask, holdings, snapshots
+    from ..agent.trust import Trust
+    from .answers import Asked
+    from .held import ask_holdings, by_job
 
     try:
-        held = snapshots(ask(Asked((str(settings.socket),), named=True), holdings).given)
+        trust = Trust.read(*(os.environ.get(f"HOLDFAST_TLS_{name}") for name in ("CA", "CERT", "KEY")))
+        job = by_job(ask_holdings(Asked((str(settings.socket),), named=True, trust=trust)).given)[settings.job]
     except HoldfastError as error:
         _say(f"the command ended with code {code}; what is held is not known: {error}")
         return
-    newest = next((s for s in held if s.complete), None)
+    newest = next((p for p in job.prospects.values() if p.reason is None), None)
     if newest is None:
-        _say(f"the command ended with code {code}; this node holds no complete snapshot of it")
+        _say(f"the command ended with code {code}; no complete snapshot of it is held")
     else:
         _say(
             f"the command ended with code {code}; snapshot {newest.id} is held, and the same command continues from it"

@@ -1,44 +1,111 @@
-"""``holdfast status``: agents, trainers and slots, and what was skipped and why."""
+"""``holdfast status``: groups, agents, trainers and slots, what was skipped and why, and what could still be lost."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from ..agent import wire_pb2 as wire
 from ..agent.client import AgentClient
-from .answers import Answered, Silent, ask, asking, console, print_json, printable, silent_json, whom
-from .quantity import show_bytes, show_milliseconds, show_seconds
+from .answers import Answered, Asked, Silent, ask, asking, console, print_json, printable, silent_json
+from .groups import Group, Member, group_json, groups
+from .quantity import show_bytes, show_milliseconds, show_ranks, show_seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-_ALONE = "alone: no other node protects these snapshots. Whoever loses this node loses everything held in its memory."
-_NONE = "-"
+_ALONE: Final = (
+    "alone: no other node protects these snapshots. Whoever loses this node loses everything held in its memory."
+)
+_NONE: Final = "-"
 
 
 @click.command
 @asking
-def status(agents: tuple[str, ...], job: str | None, as_json: bool) -> None:
-    """Show agents, trainers, slots, and what was skipped and why."""
-    answers = ask(whom(agents, job, os.environ), AgentClient.status)
+@click.option(
+    "--all", "everyone", is_flag=True, help="Show the agents of all nodes, not only of this one or those named."
+)
+def status(asked: Asked, as_json: bool, everyone: bool) -> None:
+    """Show groups, agents, trainers, slots, what was skipped and why, and what could still be lost."""
+    answers = ask(asked, AgentClient.status, lambda report: report)
+    shown = [answered for answered in answers.given if everyone or answered.directly]
+    found = groups(answers)
     if as_json:
-        print_json({"agents": [_agent_json(a) for a in answers.given], "silent": silent_json(answers.silent)})
+        print_json(
+            {
+                "groups": [group_json(group) for group in found],
+                "agents": [_agent_json(answered) for answered in shown],
+                "silent": silent_json(answers.silent),
+            }
+        )
         return
     out = console()
     if not answers.given and not answers.silent:
         out.print("no agent of yours runs on this node")
-    for answered in answers.given:
+    for group in found:
+        _show_group(out, group)
+    for answered in shown:
         _show_agent(out, answered)
+    if others := len(answers.given) - len(shown):
+        out.print(f"{others} more agent{'s' if others > 1 else ''} on other nodes: --all shows them\n")
     for silent in answers.silent:
         _show_silent(out, silent)
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def _show_group(out: Console, group: Group) -> None:
+    for line in _group_heading(group):
+        out.print(printable(line), soft_wrap=True)
+    out.print(_member_table(group))
+    for member in group.members:
+        if member.report is not None and member.report.group.trouble:
+            out.print(printable(f"  {member.agent}: {member.report.group.trouble}"), soft_wrap=True)
+    out.print()
+
+
+def _group_heading(group: Group) -> Iterator[str]:
+    n, spare = len(group.members), group.spare
+    yield f"group of {n} nodes, job {group.job}: any {group.tolerance} may be lost with their memory"
+    if group.protected is None:
+        yield "  nothing is protected yet"
+        return
+    steps = group.lag_steps or 0
+    lag = f"{steps} step{'s' if steps != 1 else ''} behind training"
+    now = f"{spare} more may be lost now" if spare >= 0 else f"{-spare} more than that cannot be reached"
+    yield f"  newest protected {group.protected}, {lag}; {now}"
+
+
+def _member_table(group: Group) -> Table:
+    from rich.table import Table
+
+    table = Table("node", "address", "ranks", "reachable", "protected", "parity", "pulled", "in", "damaged blocks")
+    for member in group.members:
+        table.add_row(
+            printable(member.agent),
+            printable(member.address),
+            show_ranks(member.ranks),
+            "yes" if member.reachable else "NO",
+            *_member_figures(member),
+        )
+    return table
+
+
+def _member_figures(member: Member) -> Iterator[str]:
+    """Its newest protected snapshot, the bytes of its parity, and what the last protection took."""
+    yield _NONE if member.protected is None else printable(str(member.protected))
+    if member.report is None:
+        yield from [_NONE] * 4
+        return
+    own = member.report.group
+    yield show_bytes(own.parity_bytes)
+    yield show_bytes(own.pulled_bytes)
+    yield show_milliseconds(own.protect_s)
+    yield str(own.damaged)
 
 
 def _show_agent(out: Console, answered: Answered[wire.StatusReport]) -> None:

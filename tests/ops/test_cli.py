@@ -26,8 +26,8 @@ from holdfast.agent.settings import NodeSettings
 from holdfast.erasure.kernel import crc32c
 from holdfast.errors import ConfigError, SnapshotUnknown, every_error
 from holdfast.ops import answers, cli
-from holdfast.ops.answers import Copy, Snapshot, whom
-from holdfast.ops.inspect import choose
+from holdfast.ops.answers import whom
+from holdfast.ops.held import Copy, Snapshot, choose
 from holdfast.snapshot.arena import Slot
 from holdfast.snapshot.layout import Layout, Slice
 from holdfast.snapshot.record import SnapshotId, new_nonce
@@ -305,7 +305,7 @@ def test_a_link_is_not_trusted_as_a_socket(cluster: Cluster, holdfast: Holdfast)
 
 
 def test_a_node_without_agents_is_no_failure(cluster: Cluster, holdfast: Holdfast) -> None:
-    assert document(holdfast, "status") == {"agents": [], "silent": []}
+    assert document(holdfast, "status") == {"groups": [], "agents": [], "silent": []}
     assert document(holdfast, "ls") == {"snapshots": [], "silent": []}
     assert "no agent of yours" in holdfast("status")[1]
     assert holdfast("inspect", "latest")[0] == 12

@@ -1,0 +1,150 @@
+"""What the agents of a job hold together: the snapshots, and what the restore plan would make of each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from ..agent import wire_pb2 as wire
+from ..agent.client import AgentClient
+from ..agent.inventory import held_images, held_parities
+from ..errors import ConfigError, SnapshotUnknown
+from ..snapshot.outlook import Spare, spare_nodes
+from ..snapshot.record import SnapshotId
+from ..snapshot.recovery import Held, HeldParity, Prospect, prospects
+from .answers import Answered, Answers, Asked, ask
+
+LATEST: Final = "latest"
+_NAME: Final = re.compile(r"(?:([0-9a-fA-F-]*)/)?(\d+|latest)")
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One image, and the address of the agent that holds it."""
+
+    address: str
+    agent: str
+    image: wire.Image
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All images of one snapshot that were found, by rank. Never empty."""
+
+    job: str
+    id: SnapshotId
+    copies: tuple[Copy, ...]
+
+    @property
+    def world(self) -> int:
+        """How many ranks the snapshot was taken of."""
+        return self.copies[0].image.world
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks whose image is held, in order."""
+        return sorted({copy.image.rank for copy in self.copies})
+
+    @property
+    def complete(self) -> bool:
+        """Whether an image of every rank is held."""
+        return self.ranks == list(range(self.world))
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the images together; what is held several times counts once."""
+        return sum({copy.image.rank: copy.image.image_bytes for copy in self.copies}.values())
+
+
+Holdings = tuple[wire.StatusReport, wire.ImageList]
+
+
+def ask_holdings(asked: Asked) -> Answers[Holdings]:
+    """Which snapshots each agent holds, and for which job."""
+    return ask(asked, _holdings, lambda holdings: holdings[0])
+
+
+def _holdings(client: AgentClient) -> Holdings:
+    return client.status(), client.inventory()
+
+
+def snapshots(given: Iterable[Answered[Holdings]]) -> list[Snapshot]:
+    """The snapshots held, by job, then newest first."""
+    found: dict[tuple[str, SnapshotId], list[Copy]] = {}
+    for answered in given:
+        report, images = answered.answer
+        for image in images.images:
+            id = SnapshotId(image.generation, image.step, image.run)
+            found.setdefault((report.job, id), []).append(Copy(answered.address, report.agent, image))
+    newest_first = sorted(found.items(), key=lambda entry: entry[0][1], reverse=True)
+    return [
+        Snapshot(job, id, tuple(sorted(copies, key=lambda copy: copy.image.rank)))
+        for (job, id), copies in sorted(newest_first, key=lambda entry: entry[0][0])
+    ]
+
+
+def choose(name: str, held: Sequence[Snapshot], good: Callable[[Snapshot], bool] = lambda s: s.complete) -> Snapshot:
+    """The one snapshot that *name* means; "latest" is the newest that is *good*.
+
+    Raises:
+        ConfigError: *name* is none, or means several.
+        SnapshotUnknown: nothing that is held goes by that name.
+    """
+    match = _NAME.fullmatch(name)
+    if match is None or (match[1] is None and match[2] != LATEST):
+        raise ConfigError(f"{name!r} names no snapshot: RUN/STEP, /STEP, RUN/latest or latest does")
+    run = (match[1] or "").replace("-", "").lower()
+    found = [s for s in held if s.id.run.startswith(run)]
+    found = _newest(filter(good, found)) if match[2] == LATEST else [s for s in found if s.id.step == int(match[2])]
+    if not found:
+        raise SnapshotUnknown(f"no snapshot {name} is held; held are: {_listed(held) or 'none'}")
+    if len(found) > 1:
+        raise ConfigError(f"{name} may be any of {_listed(found)}; say more of the run, or which --job")
+    return found[0]
+
+
+def _newest(held: Iterable[Snapshot]) -> list[Snapshot]:
+    """The newest snapshot of each job; *held* has the newer ones of a job first."""
+    newest: dict[str, Snapshot] = {}
+    for s in held:
+        newest.setdefault(s.job, s)
+    return list(newest.values())
+
+
+def _listed(held: Iterable[Snapshot]) -> str:
+    return ", ".join(f"{s.id} of job {s.job}" + ("" if s.complete else " (incomplete)") for s in held)
+
+
+@dataclass(slots=True)
+class JobHoldings:
+    """What the agents of one job hold, as the restore plan sees it.
+
+    Attributes:
+        attached: of each rank whose trainer lives, the agent that it is attached to.
+        prospects: of every snapshot that anybody holds or knows of, newest first.
+    """
+
+    images: list[Held] = field(default_factory=list)
+    parities: list[HeldParity] = field(default_factory=list)
+    attached: dict[int, str] = field(default_factory=dict)
+    prospects: dict[SnapshotId, Prospect] = field(default_factory=dict)
+
+    def spare(self, id: SnapshotId) -> Spare | None:
+        """How many more agents may be lost, and *id* can still be restored."""
+        return spare_nodes(id, self.images, self.parities)
+
+
+def by_job(given: Iterable[Answered[Holdings]]) -> Mapping[str, JobHoldings]:
+    """What was answered, put together for each job."""
+    jobs: dict[str, JobHoldings] = {}
+    for answered in given:
+        report, images = answered.answer
+        job = jobs.setdefault(report.job, JobHoldings())
+        job.images += held_images(images)
+        job.parities += held_parities(images)
+        job.attached |= {trainer.rank: report.agent for trainer in report.trainers if trainer.alive}
+    for job in jobs.values():
+        job.prospects = {p.id: p for p in prospects(job.images, parities=job.parities)}
+    return jobs
