@@ -263,8 +263,8 @@ class Arenas:
         slot.write_record(record)
         slot.commit(record.nonce)
 
-    def reclaim(self, ranks: Iterable[int]) -> None:
-        """Give back the slots of all ranks but these, and cells of lanes that are no more."""
+    def let_go(self, ranks: Iterable[int]) -> list[Slot]:
+        """No longer count the slots of all ranks but these, nor cells of lanes that are no more; to be ``release``d."""
         stay = frozenset(ranks)
         lanes, count = self._cell_shape
         gone = [self._slots.pop(key) for key in list(self._slots) if key[0] not in stay]
@@ -272,7 +272,7 @@ class Arenas:
         for slot in gone:
             _log.info("not needed here any more: %s", slot.place.path)
             Path(slot.place.path).unlink(missing_ok=True)
-            slot.close()
+        return gone
 
     # -- parity ------------------------------------------------------------------------------------------------------
 
@@ -471,3 +471,9 @@ def recorded(slot: Slot) -> Record | None:
         return slot.read_record()[0]
     except Corrupt:
         return None
+
+
+def release(slots: Iterable[Slot]) -> None:
+    """Give the memory of what was let go back. Blocks: a fifth of a second for each GB."""
+    for slot in slots:
+        slot.close()

@@ -22,6 +22,7 @@ from ..erasure.kernel import block_checksums, combine, multiply_add
 from ..erasure.stripes import Kind, Term
 from ..errors import HoldfastError
 from .bulk import Stream
+from .tasks import ended
 
 PIECE_BYTES: Final = 1 << 22  # small enough to be verified and added while in the cache
 
@@ -114,8 +115,11 @@ class _Spot:
 class Combiner:
     """Adds terms up in one target, which stays mapped until ``run`` has returned."""
 
-    def __init__(self, target: Bytes, unit: int, pool: Executor) -> None:
-        """*unit*: the longest checksum block of any source; all terms begin at multiples of it, there and in the target."""
+    def __init__(self, target: Bytes, unit: int, pool: Executor, streams: asyncio.Semaphore) -> None:
+        """*unit*: the longest checksum block of any source; all terms begin at multiples of it, there and in the target.
+        *streams*: how many may be open at a time; each takes a thread of *pool*.
+        """
+        self._admitted = streams
         self._target = target
         self._step = max(PIECE_BYTES, unit)
         self._address = int(target.ctypes.data)
@@ -147,13 +151,16 @@ class Combiner:
             asyncio.ensure_future(self._add(where, mine, sources[where], outcome)) for where, mine in pieces.items()
         ]
         try:
-            await asyncio.gather(*work)
-        except BaseException:
-            self._stop.set()
-            for stream in list(self._streams):
-                stream.cancel()
-            await asyncio.wait(work)  # threads may still be writing to the target
-            raise
+            await asyncio.wait(work, return_when=asyncio.FIRST_EXCEPTION)
+        finally:
+            if not all(task.done() for task in work):
+                self._stop.set()
+                for stream in list(self._streams):
+                    stream.cancel()
+            await ended(work)  # until then, threads write to the target
+        errors = [error for task in work if (error := task.exception()) is not None]
+        if errors:
+            raise errors[0]
         return outcome
 
     def _clear(self, ranges: Sequence[tuple[int, int]]) -> None:
@@ -183,12 +190,15 @@ class Combiner:
         if source.here is not None:
             return await loop.run_in_executor(self._pool, self._add_here, pieces, source)
         assert source.open is not None
-        stream = await source.open([(piece.source_offset, piece.read_bytes) for piece in pieces])
-        self._streams.add(stream)
-        try:
-            bad = await loop.run_in_executor(self._pool, self._add_pulled, pieces, source, stream)
-        finally:
-            self._streams.discard(stream)
+        async with self._admitted:  # before it is opened: what peers grant is not good for long
+            stream = await source.open([(piece.source_offset, piece.read_bytes) for piece in pieces])
+            if self._stop.is_set():
+                return []
+            self._streams.add(stream)
+            try:
+                bad = await loop.run_in_executor(self._pool, self._add_pulled, pieces, source, stream)
+            finally:
+                self._streams.discard(stream)
         outcome.pulled_bytes += sum(piece.read_bytes for piece in pieces)
         return bad
 
@@ -206,6 +216,8 @@ class Combiner:
                     break
                 into = self._target[piece.target_offset :] if self._is_whole(piece) else buffer
                 stream.receive(into[: piece.read_bytes].data)
+                if self._stop.is_set():
+                    break
                 if not self._take(piece, source, int(into.ctypes.data)):
                     bad.append(piece)
         return bad

@@ -364,10 +364,7 @@ class Guard:
         for index, cell in enumerate(cells):
             if cell.stage is not Stage.HELD or cell.id is None:
                 continue
-            if cell.id == self.keep:
-                needed = not replaced or self._fits(lane, cell)
-            else:
-                needed = cell.id in self._wanted
+            needed = not replaced or self._fits(lane, cell) if cell.id == self.keep else cell.id in self._wanted
             if not needed:
                 old.append((cell.id, index))
         stuck = id == self.keep and all(cell.stage is Stage.HELD and cell.id == id for cell in cells)

@@ -10,14 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Final
 
-from ..erasure.placement import Node, Protection, groups, shared
+from ..erasure.placement import Mode, Node, Protection, groups, shared
 from ..erasure.stripes import Geometry, Kind, Term, parity_terms
 from ..errors import AgentMismatch, ConfigError, Corrupt, HoldfastError, SnapshotUnknown, SourceGone
 from ..snapshot.arena import Slot
 from ..snapshot.beat import NONE
 from ..snapshot.record import Record, SnapshotId, block_bytes_for, table_bytes_for
 from . import wire_pb2 as wire
-from .arenas import Arenas, recorded
+from .arenas import Arenas, recorded, release
 from .bulk import BulkServer, Piece, Stream
 from .client import id_of, wire_id
 from .combine import Combiner, Outcome, Source, SourceFailed, Where
@@ -37,6 +37,7 @@ from .guard import (
 from .manifest import CellTable, Manifest
 from .peers import Peers
 from .rebuild import Rebuilder
+from .tasks import ended, to_the_end
 from .trust import Trust
 
 _log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ _REPEAT_FROM_S: Final = 0.05
 _REPEAT_UP_TO_S: Final = 1.0
 _STREAM_S: Final = 600.0  # for one member's bytes; streams that stand still are given up much sooner
 _STREAMS: Final = 32  # threads that receive, at most
+_REMEMBERED: Final = 4  # recorded images of each rank
 _MEMBER_ROOM: Final = 1024  # of a cell's table, for each member, besides its checksums and layout
 
 
@@ -79,6 +81,11 @@ class Protector:
         self._talking: set[asyncio.Task[None]] = set()
         self._reachable: dict[str, bool] = {}
         self._pool = ThreadPoolExecutor(_STREAMS, "combine")
+        self._streams = asyncio.Semaphore(_STREAMS)
+        self._places: dict[tuple[int, int], asyncio.Task[None]] = {}  # who fills, or last filled, each cell
+        self._recorded: dict[
+            tuple[int, SnapshotId], SnapshotId | None
+        ] = {}  # what each rank recorded last, and its keep
         self._assembling = asyncio.Lock()
         self._status = wire.GroupStatus()
         self._measured: tuple[SnapshotId, float] | None = None  # what the figures in it are of, and since when
@@ -92,15 +99,17 @@ class Protector:
         work = [*self._talking, *self._filling.values()]
         for task in work:
             task.cancel()
-        if work:
-            await asyncio.wait(work)
-        self._pool.shutdown(wait=True)
+        await ended(work)
+        await asyncio.to_thread(self._pool.shutdown, wait=True)
 
     async def keep_time(self) -> None:
         """Runs as long as the agent does."""
         while True:
             await asyncio.sleep(_TICK_S)
-            self._perform(self._guard.tick(time.monotonic()))
+            try:
+                self._perform(self._guard.tick(time.monotonic()))
+            except Exception:  # noqa: BLE001 - without its clock, nothing would be tried again, nor given up
+                _log.exception("keeping time")
 
     # -- who is there ------------------------------------------------------------------------------------------------
 
@@ -138,39 +147,46 @@ class Protector:
         capacity = max(peer.image_bytes for peer in peers)
         geometry = Geometry.of([capacity] * n, m, block_bytes_for(capacity))
         text_bytes = sum(peer.table_bytes + _MEMBER_ROOM for peer in peers)
+        count = max(peer.slots for peer in peers)
         reserve = partial(
             self._arenas.reserve_cells,
             table.lanes,
-            max(peer.slots for peer in peers),
+            count,
             image_bytes=geometry.parity_bytes,
             table_bytes=table_bytes_for(geometry.parity_bytes, text_bytes),
         )
-        for task in self._filling.values():
+        filling = list(self._filling.values())
+        for task in filling:
             task.cancel()
-        if self._filling:
-            await asyncio.wait(self._filling.values())
+        await ended(filling)
         await asyncio.to_thread(reserve)
         await asyncio.to_thread(self._arenas.prefault_cells)
         self._addresses = tuple(peer.address for peer in peers)
         self._known.clear()
         self._manifests.clear()
-        cells = self._arenas.cells(table.me)[: table.lanes]
+        cells = [lane[:count] for lane in self._arenas.cells(table.me)[: table.lanes]]
         actions = self._guard.assemble(table, roster.run, floor, cells, roster.timeout_s)
         self._perform(actions)
         for held in self._arenas.inventory():
             if held.id.run == roster.run or held.id == floor:
                 keep = SnapshotId(held.id.generation, held.watermark, held.id.run) if held.watermark != NONE else floor
                 self.recorded(held.rank, held.id, keep if held.id.run == roster.run else floor)
+        for (rank, id), before in list(self._recorded.items()):  # not sealed yet, and recorded before there was a group
+            if id.run == roster.run:
+                self.recorded(rank, id, before)
         return wire.Rostered(alone=False)
 
     def _table(self, roster: wire.Roster) -> tuple[Table | None, list[wire.Peer]]:
         """This agent's group, in the order of the members' first ranks: who replaces a lost node takes its place."""
         by_node = {f"{min(peer.ranks):09d}": peer for peer in roster.peers}
+        protection = Protection.parse(roster.protect)
+        if protection.mode is Mode.OFF:
+            return None, []
         if sum(peer.agent == self._name for peer in roster.peers) != 1:
             names = ", ".join(sorted(peer.agent for peer in roster.peers))
             raise ConfigError(f"agent {self._name} is not there, or more than once: {names}; give each a --name")
         nodes = [Node(name, tuple((d.level, d.name) for d in peer.domains)) for name, peer in by_node.items()]
-        for group in groups(nodes, Protection.parse(roster.protect)):
+        for group in groups(nodes, protection):
             peers = [by_node[name] for name in sorted(group.members)]
             agents = tuple(peer.agent for peer in peers)
             if self._name in agents:
@@ -184,6 +200,11 @@ class Protector:
 
     def recorded(self, rank: int, id: SnapshotId, keep: SnapshotId | None) -> None:
         """An image of this node is recorded, and may be pulled. *keep*: what must not be lost before it is protected."""
+        self._recorded = {k: v for k, v in self._recorded.items() if k[0] != rank or k[1].run == id.run}
+        mine = sorted(key for key in self._recorded if key[0] == rank)
+        for old in mine[:-_REMEMBERED]:
+            del self._recorded[old]
+        self._recorded[rank, id] = keep
         table = self._guard.table
         place = table.find(rank) if table is not None else None
         if table is None or place is None or place[0] != table.me:
@@ -199,11 +220,13 @@ class Protector:
     def complete(self, id: SnapshotId) -> None:
         """All ranks have sealed *id*, and if it is of this run, what former lives left here is of no use any more."""
         if id.run == self._guard.run and self._ranks:
-            self._arenas.reclaim(self._ranks)
+            gone = self._arenas.let_go(self._ranks)
             self._ranks = ()
+            self._talk(asyncio.to_thread(release, gone))
 
     def withdrawn(self, id: SnapshotId) -> None:
         """A rank of this node gave the snapshot up."""
+        self._recorded = {key: keep for key, keep in self._recorded.items() if key[1] != id}
         self._perform(self._guard.withdrawn(id))
 
     # -- carrying out ------------------------------------------------------------------------------------------------
@@ -231,7 +254,8 @@ class Protector:
             self._manifests = {offer: self._manifests[offer] for offer in known if offer in self._manifests}
 
     def _start(self, action: Accumulate) -> None:
-        task = asyncio.create_task(self._accumulate(action))
+        place = action.lane, action.cell
+        task = self._places[place] = asyncio.create_task(self._accumulate(action, self._places.get(place)))
         self._filling[action.attempt] = task
         task.add_done_callback(partial(self._filled, action.attempt))
 
@@ -301,8 +325,9 @@ class Protector:
 
     # -- parity ------------------------------------------------------------------------------------------------------
 
-    async def _accumulate(self, action: Accumulate) -> None:
-        """Fill a cell, and report what came of it."""
+    async def _accumulate(self, action: Accumulate, before: asyncio.Task[None] | None) -> None:
+        """Fill a cell, and report what came of it. *before*: who filled it last, and may not have let go of it yet."""
+        await ended([before] if before is not None else [])
         began_s, gone = time.monotonic(), None
         try:
             outcome = await self._fill(action)
@@ -311,6 +336,9 @@ class Protector:
             reason = f"pulling from {self._member_name(error.where[0])}: {error}"
         except (HoldfastError, OSError) as error:
             reason = str(error)
+        except Exception as error:  # noqa: BLE001 - the guard counts on hearing of its end
+            _log.exception("filling a cell")
+            reason = repr(error)
         else:
             self._measure(action.id, began_s, outcome.pulled_bytes)
             self._perform(self._guard.filled(action.lane, action.attempt, time.monotonic()))
@@ -337,7 +365,7 @@ class Protector:
             "image_bytes": geometry.parity_bytes,
             "table_bytes": table_bytes_for(geometry.parity_bytes, len(text)),
         }
-        slot = await asyncio.to_thread(self._arenas.open_cell, action.lane, action.cell, **sizes)
+        slot = await to_the_end(asyncio.to_thread(self._arenas.open_cell, action.lane, action.cell, **sizes))
         sources = {
             (index, Kind.IMAGE): self._peer_image(self._addresses[index], manifest, "protect")
             for index, manifest in enumerate(manifests)
@@ -346,8 +374,9 @@ class Protector:
         outcome = await self._combine(slot.image[: geometry.parity_bytes], said.unit, terms, sources)
         if outcome.damaged:
             raise Corrupt(f"damaged at their owners: {self._damage(outcome, manifests)}")
-        await asyncio.to_thread(
-            self._arenas.seal_cell, action.lane, action.cell, action.id, said, text, geometry.parity_bytes
+        where = action.lane, action.cell
+        await to_the_end(
+            asyncio.to_thread(self._arenas.seal_cell, *where, action.id, said, text, geometry.parity_bytes)
         )
         return outcome
 
@@ -359,7 +388,7 @@ class Protector:
         sources: dict[Where, Source],
         ranges: Sequence[tuple[int, int]] | None = None,
     ) -> Outcome:
-        outcome = await Combiner(target, unit, self._pool).run(terms, sources, ranges)
+        outcome = await Combiner(target, unit, self._pool, self._streams).run(terms, sources, ranges)
         self._status.damaged += outcome.refused
         return outcome
 
@@ -495,6 +524,7 @@ class Protector:
             if (done := self._materialised.get(what)) is None:
                 rebuilder = Rebuilder(self._name, self._arenas, self._peers, self._open, self._combine)
                 done = self._materialised[what] = await rebuilder.run(request)
+                self._status.damaged += rebuilder.repaired
                 _log.info("%s of rank %d: %s", what[0], request.rank, done.how)
             return done
 

@@ -25,6 +25,7 @@ from .arenas import Arenas, ImageSums
 from .client import id_of, wire_id
 from .protector import Protector
 from .settings import PROTOCOL, NodeSettings, machine, pid_namespace
+from .tasks import to_the_end
 
 _log = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ class AgentService:
                 image_bytes=hello.image_bytes,
                 table_bytes=hello.table_bytes,
             )
-            places = await _to_the_end(reserve)
+            places = await to_the_end(reserve)
             trainer = self._trainers[hello.rank] = _Trainer(hello)
         return trainer, places
 
@@ -274,7 +275,7 @@ class AgentService:
         sizes = {"image_bytes": grow.image_bytes, "table_bytes": grow.table_bytes}
         try:
             async with self._reserving:
-                place = await _to_the_end(asyncio.to_thread(self._arenas.grow, rank, grow.slot, **sizes))
+                place = await to_the_end(asyncio.to_thread(self._arenas.grow, rank, grow.slot, **sizes))
             await asyncio.to_thread(self._arenas.prefault, [place])
         except Exception as error:  # noqa: BLE001 - as above
             _log.warning("rank %d: slot %d stays as small as it is: %s", rank, grow.slot, error)
@@ -502,16 +503,6 @@ async def _now(work: Callable[[], Result]) -> Result:
 
 async def _write(write: Write, message: wire.FromAgent) -> None:
     await write(message)
-
-
-async def _to_the_end(work: Coroutine[Any, Any, Result]) -> Result:
-    """Await *work* that a cancellation must not cut loose: its thread goes on, and others must not overtake it."""
-    task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        raise
 
 
 def _process(hello: wire.Hello) -> int | None:

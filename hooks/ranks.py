@@ -99,7 +99,7 @@ class Group(Ranks):
         self.world = dist.get_world_size()
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=_GROUP_TIMEOUT_S))
         self._minimum = dist.AllreduceOptions()
-        self._minimum.reduceOp = dist.ReduceOp.MIN
+        self._minimum.reduceOp = dist.ReduceOp(dist.ReduceOp.MIN)
 
     def gather(self, payload: bytes, what: str, timeout_s: float) -> list[bytes]:
         try:
