@@ -50,6 +50,7 @@ _ROOM_BYTES: Final = 256 << 10  # in every image, for values that grow
 _ENTRY_BYTES: Final = 120  # of one slice in a layout text, without its name
 _REPORT_EVERY_S: Final = 0.5
 _VALUES_ROOM: Final = 1.5  # values may grow to so many times their first size before a slot has to grow
+_GATHER_S: Final = 10.0  # for the other ranks to say that they waited in vain
 _LOG_AGAIN_S: Final = 30.0  # the same trouble is logged at most so often; all of it is counted
 
 State = Literal["sealed", "protected", "persisted"]
@@ -281,14 +282,12 @@ class Checkpointer:
         if state == "persisted" or (state == "protected" and self._holding.alone):
             what = "no peers to protect with" if state == "protected" else "no tier to persist in"
             raise StateUnreachable(f"step {ticket.step} cannot become {state}: this node has {what}")
-        if ticket.id is None:
-            raise SnapshotSkipped(f"step {ticket.step} was not taken: {ticket.skipped}")
         with self._guard("fence"):
             self._close_window()
         if state == "sealed":
-            self._holding.wait_sealed(ticket.id, timeout_s)
+            self._holding.wait_sealed(_taken(ticket), timeout_s)
         else:
-            self._wait_protected(ticket.id, timeout_s)
+            self._wait_protected(ticket, timeout_s)
 
     def restore(self) -> int | None:
         """Bring the newest snapshot of this job back into the live objects. Collective.
@@ -326,8 +325,7 @@ class Checkpointer:
             self._go_on_from(chosen, chosen)
             if not self._holding.alone:
                 restored_s = time.perf_counter()
-                self._assemble(chosen)
-                self._wait_protected(chosen, self._deadlines.restore)
+                self._protect_again(chosen)
                 self._stats.reprotect_s = time.perf_counter() - restored_s
         self._stats.restore_s = time.perf_counter() - began_s
         return chosen.step if chosen else None
@@ -474,16 +472,29 @@ class Checkpointer:
             )
         self._holding.fenced(flight.id)
 
-    def _wait_protected(self, id: SnapshotId, timeout_s: float) -> None:
-        """Wait for all ranks; return only when all of them know. Collective."""
-        together(
-            self._ranks,
-            f"protecting {id}",
-            timeout_s,
-            lambda: self._holding.wait_sealed(id, timeout_s, guarded=True),
-        )
+    def _protect_again(self, restored: SnapshotId) -> None:
+        """Nodes that came, and ranks that moved, have the restored snapshot protected before training goes on. Collective.
+
+        If that cannot be, training goes on all the same: the state is right, and later snapshots are protected as soon as
+        all nodes can.
+        """
+        self._assemble(restored)
+        try:
+            self._wait_protected(Ticket(restored.step, None, restored), self._deadlines.protect)
+        except HoldfastError as error:
+            _log.warning("%s is restored, and not protected again: %s", restored, error)
+
+    def _wait_protected(self, ticket: Ticket, timeout_s: float) -> None:
+        """Wait for all ranks; return only when all of them know. Collective, also for ranks that did not take it."""
+        id, what = ticket.id, f"step {ticket.step}"
+
+        def here() -> None:
+            self._holding.wait_sealed(_taken(ticket), timeout_s, guarded=True)
+
+        together(self._ranks, f"protecting {what}", timeout_s + _GATHER_S, here)
+        assert id is not None
         # First marked everywhere, then reported anywhere: who is told of it here can rely on it wherever this rank dies.
-        together(self._ranks, f"marking {id}", timeout_s, lambda: self._holding.mark_complete(id))
+        together(self._ranks, f"marking {what}", timeout_s, lambda: self._holding.mark_complete(id))
         if id == self._id(id.step):
             self._pulse.complete(id.step)
 
@@ -548,7 +559,8 @@ class Checkpointer:
         found = gather_inventories(self._ranks, reply, wait_s)
         names = self._ranks.gather(uuid.uuid4().hex.encode(), "agreeing on a run", wait_s)
         self._run = names[0].decode()
-        self._generation = 1 + max((held.id.generation for held in found.images), default=0)
+        left = [image.id for image in found.images] + [parity.id for parity in found.parities]
+        self._generation = 1 + max((id.generation for id in left), default=0)
         # What the job would go back to until this run has a complete snapshot of its own; never overwritten before.
         floor = plan(found.images, self._ranks.world, parities=found.parities).chosen
         self._go_on_from(None, floor or max(self._holding.held(), default=None))
@@ -646,6 +658,13 @@ class Checkpointer:
                 last_copy_s=self._stats.copy_s,
             )
         )
+
+
+def _taken(ticket: Ticket) -> SnapshotId:
+    """The snapshot's identity. Raises ``SnapshotSkipped`` if it was not taken."""
+    if ticket.id is None:
+        raise SnapshotSkipped(f"step {ticket.step} was not taken: {ticket.skipped}")
+    return ticket.id
 
 
 def _natural(step: int) -> int:
