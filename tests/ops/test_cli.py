@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import queue
-import select
-import shutil
-import signal
 import socket
-import subprocess
-import sys
-import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,181 +14,19 @@ import click
 import numpy as np
 import pytest
 from holdfast.agent import wire_pb2 as wire
-from holdfast.agent.client import Attachment, hello, place_of
-from holdfast.agent.settings import NodeSettings
 from holdfast.erasure.kernel import crc32c
 from holdfast.errors import ConfigError, SnapshotUnknown, every_error
-from holdfast.ops import answers, cli
+from holdfast.ops import cli
 from holdfast.ops.answers import whom
 from holdfast.ops.held import Copy, Snapshot, choose
-from holdfast.snapshot.arena import Slot
 from holdfast.snapshot.layout import Layout, Slice
-from holdfast.snapshot.record import SnapshotId, new_nonce
+from holdfast.snapshot.record import SnapshotId
+from holdfast.tests.ops.agents import OTHER_RUN, RUN, VALUES, Cluster, Holdfast, document, small, until
 
-DEADLINE_S = 30.0
 DOCS = Path(cli.__file__).parents[1] / "docs" / "cli.md"
-RUN, OTHER_RUN = "a" * 32, "b" * 32
-VALUES = b"not tensors"
 BIG = 1 << 20  # float32 elements; 4 MiB
 
 pytestmark = pytest.mark.timeout(120)
-
-
-# -- a node: its agent, its trainers ----------------------------------------------------------------------------------
-
-
-class Node:
-    """One agent in a folder of its own."""
-
-    def __init__(self, folder: Path, job: str, name: str) -> None:
-        self.settings = NodeSettings(job, folder / job, folder / job / "agent.sock", autostart=False)
-        self.address = str(self.settings.socket)
-        self._process = subprocess.Popen(
-            [
-                sys.executable, "-P", "-m", "holdfast", "agent", "--job", job, "--shm", str(self.settings.shm),
-                "--socket", self.address, "--name", name,
-            ],
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
-        self.pid = self._process.pid
-        assert self._process.stdout is not None
-        assert select.select([self._process.stdout], [], [], DEADLINE_S)[0], "the agent did not become ready in time"
-        self.ready = self._process.stdout.readline()
-        assert f"holdfast agent {name} ready" in self.ready
-
-    @property
-    def listen(self) -> str:
-        return self.ready.partition("listen=")[2].split()[0]
-
-    def end(self, number: signal.Signals = signal.SIGTERM) -> None:
-        """Stop the agent and wait for that."""
-        self._process.send_signal(number)
-        self._process.communicate(timeout=DEADLINE_S)
-
-
-class Trainer:
-    """One rank of a job: takes snapshots of what it is given."""
-
-    def __init__(self, node: Node, rank: int = 0, world: int = 1, image_bytes: int = 1 << 16) -> None:
-        self._heard: queue.SimpleQueue[wire.FromAgent] = queue.SimpleQueue()
-        asked = hello(node.settings, "0", rank=rank, world=world, slots=2, image_bytes=image_bytes, table_bytes=1 << 16)
-        self._attachment = Attachment(
-            node.settings, asked, hear=self._heard.put, lost=lambda attachment, error: None, timeout_s=DEADLINE_S
-        )
-        self._slots = [Slot.open(place_of(slot, rank)) for slot in self._attachment.welcome.slots]
-
-    def report(self, **figures: Any) -> None:
-        self._attachment.send(wire.FromTrainer(report=wire.Report(**figures)))
-
-    def open(self, index: int, id: SnapshotId) -> None:
-        self._slots[index].unseal_to_fill()
-
-    def seal(self, index: int, id: SnapshotId, layout: Layout, image: bytes) -> str:
-        """Take one snapshot; returns the path of its slot. All that was sent before has been heard by then."""
-        self.open(index, id)
-        slot = self._slots[index]
-        slot.image[: len(image)] = np.frombuffer(image, np.uint8)
-        text = wire.LayoutText(number=layout.number, text=layout.to_text())
-        nonce = new_nonce()
-        copied = wire.Copied(
-            slot=index, nonce=nonce, run=id.run, generation=id.generation, step=id.step, watermark=-1,
-            layout=layout.number, image_bytes=len(image),
-        )  # fmt: skip
-        self._attachment.send(wire.FromTrainer(layout=text))
-        self._attachment.send(wire.FromTrainer(copied=copied))
-        heard = self._heard.get(timeout=DEADLINE_S)
-        assert heard.WhichOneof("kind") == "prepared", heard
-        slot.commit(nonce)
-        return slot.place.path
-
-    def leave(self, *, goodbye: bool = False) -> None:
-        self._attachment.close(goodbye=goodbye)
-        for slot in self._slots:
-            slot.close()
-        self._slots = []
-
-
-class Cluster:
-    """Nodes and trainers of one test; all of them are gone after it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._nodes: list[Node] = []
-        self._trainers: list[Trainer] = []
-
-    def node(self, job: str = "job", name: str = "n0") -> Node:
-        self._nodes.append(Node(self.folder, job, name))
-        return self._nodes[-1]
-
-    def trainer(self, node: Node, **options: int) -> Trainer:
-        self._trainers.append(Trainer(node, **options))
-        return self._trainers[-1]
-
-    def close(self) -> None:
-        for trainer in self._trainers:
-            trainer.leave()
-        for node in self._nodes:
-            node.end(signal.SIGKILL)
-
-
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    """Nodes whose folders lie where ``whom`` looks for them, in shared memory."""
-    folder = Path(f"/dev/shm/hf-cli-{uuid.uuid4().hex[:8]}")
-    folder.mkdir(mode=0o700)
-    monkeypatch.setattr(answers, "_jobs_folder", lambda: folder)
-    for name in ("HOLDFAST_AGENT", "HOLDFAST_SHM", "HOLDFAST_JOB", "SLURM_JOB_ID"):
-        monkeypatch.delenv(name, raising=False)
-    nodes = Cluster(folder)
-    yield nodes
-    nodes.close()
-    shutil.rmtree(folder)
-
-
-Holdfast = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def holdfast(capsys: pytest.CaptureFixture[str]) -> Holdfast:
-    """The command line in this process: exit code, standard output, standard error."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main(list(arguments))
-        printed = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        return ended.value.code, printed.out, printed.err
-
-    return call
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Return once *condition* holds; fail if that takes too long."""
-    deadline_s = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
-
-
-def document(holdfast: Holdfast, *arguments: str) -> dict[str, Any]:
-    code, out, err = holdfast(*arguments, "--json")
-    assert code == 0, err
-    found: dict[str, Any] = json.loads(out)
-    return found
-
-
-def small(number: int = 1, *, rank: int = 0, world: int = 1) -> tuple[Layout, bytes]:
-    """A layout and an image: rows of a weight that the ranks share, and a scalar."""
-    layout = Layout.of(
-        number,
-        [
-            Slice("net.weight", "float32", (2 * world, 3), (2 * rank, 0), (2, 3)),
-            Slice("optimizer.step", "int64", (), (), ()),
-        ],
-    )
-    tensors = np.random.default_rng(rank).bytes(layout.values_offset)
-    return layout, tensors + VALUES
 
 
 # -- status -----------------------------------------------------------------------------------------------------------
@@ -416,7 +247,7 @@ def test_inspect_shows_damage_and_fails_with_the_exit_code_of_corrupt(cluster: C
     path = trainer.seal(0, SnapshotId(1, 5, RUN), layout, bytes(layout.values_offset) + VALUES)
     assert document(holdfast, "inspect", "/5")["sound"]
     with open(path, "r+b") as file:  # one bit, in the first byte of the second tensor
-        file.seek(os.path.getsize(path) - trainer._slots[0].place.image_bytes + 4 * BIG)
+        file.seek(os.path.getsize(path) - trainer.slots[0].place.image_bytes + 4 * BIG)
         file.write(b"\1")
 
     code, out, err = holdfast("inspect", f"{RUN}/5", "--json")
