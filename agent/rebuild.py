@@ -56,7 +56,11 @@ class _Group:
 
 
 class Rebuilder:
-    """Serves one request for an image."""
+    """Serves one request for an image.
+
+    Attributes:
+        repaired: damaged blocks of an image that was here, and tables, put right in their place.
+    """
 
     def __init__(self, name: str, arenas: Arenas, peers: Peers, opened: Open, combine: Combine) -> None:
         self._name = name
@@ -64,6 +68,7 @@ class Rebuilder:
         self._peers = peers
         self._open = opened
         self._combine = combine
+        self.repaired = 0
 
     async def run(self, request: wire.MaterialiseRequest) -> wire.MaterialiseReply:
         """See ``Protector.materialise``."""
@@ -141,8 +146,16 @@ class Rebuilder:
         found = await asyncio.to_thread(slot.checksums, record.image_bytes, record.block_bytes)
         if not np.array_equal(found, manifest.checks):
             raise Corrupt(f"the repaired image of {record.id} of rank {record.rank} does not match its checksums")
-        _log.warning("%s of rank %d: %d damaged blocks repaired", record.id, record.rank, len(bad))
-        return wire.MaterialiseReply(path=slot.place.path, how=f"{len(bad)} damaged blocks repaired")
+        how = f"{len(bad)} damaged blocks repaired"
+        try:
+            slot.read_tables(record)
+        except Corrupt as error:
+            slot.write_tables(manifest.checks, manifest.layout)
+            how += f", and tables: {error}"
+            self.repaired += 1
+        self.repaired += len(bad)
+        _log.warning("%s of rank %d: %s", record.id, record.rank, how)
+        return wire.MaterialiseReply(path=slot.place.path, how=how)
 
     async def _compute(self, slot: Slot, group: _Group, ranges: Sequence[tuple[int, int]]) -> None:
         """Compute these ranges. Sources that cannot be read, or are damaged there, are left out in turn.

@@ -25,6 +25,8 @@ from faults.job import DEADLINE_S, Spec, _read, _server, train, train_reference
 from holdfast.agent import wire_pb2 as wire
 from holdfast.agent.client import AgentClient
 from holdfast.agent.settings import NodeSettings
+from holdfast.errors import Corrupt
+from holdfast.snapshot.record import Record
 
 _ENDLESS = 1_000_000  # steps of a life that ends by being killed
 
@@ -205,11 +207,12 @@ class Cluster:
         self.start(steps=newest + more)
         self.await_end()
 
-    def await_end(self, *wanted: int) -> None:
+    def await_end(self, code: int = 0) -> None:
+        """Until all ranks have ended by themselves, with this exit code."""
         for process in self.ranks:
             process.join(DEADLINE_S)
         codes = [process.exitcode for process in self.ranks]
-        assert codes == [0] * self.world, f"exit codes {codes}\n{self.errors()}"
+        assert codes == [code] * self.world, f"exit codes {codes}\n{self.errors()}"
 
     def remove(self) -> None:
         """Leave nothing behind."""
@@ -271,6 +274,36 @@ class Cluster:
 
         self.until(f"{snapshots} protected snapshots of life {self.lives}", lambda: len(newer()) >= snapshots)
         return max(newer())
+
+    # -- damage ------------------------------------------------------------------------------------------------------
+
+    def held(self, index: int, kind: str = "rank") -> dict[Path, Record]:
+        """The records of the node's slots (or, of *kind* "lane", its cells), sealed or not."""
+        found = {}
+        for path in sorted(self.there[index].shm.glob(f"{kind}-*")):
+            with contextlib.suppress(Corrupt):
+                found[path] = Record.from_bytes(path.read_bytes()[:255])[0]
+        return found
+
+    def flip(self, index: int, step: int, where: str, kind: str = "rank") -> int:
+        """Flip a bit of the node's own images (or parity) of *step*, behind everybody's back; returns of how many."""
+        mine = self.ranks_on(index) if kind == "rank" else [0]
+        held = {path: r for path, r in self.held(index, kind).items() if r.id.step == step and r.rank in mine}
+        for path, record in held.items():
+            offset = {
+                "record": 0,
+                "checksums": 8192 + 1,
+                "layout": 8192 + 4 * -(-record.image_bytes // record.block_bytes) + 40,
+                "first byte": 8192 + record.table_bytes,
+                "last byte": 8192 + record.table_bytes + record.image_bytes - 1,
+            }[where]
+            with path.open("r+b") as file:
+                for at in range(offset, offset + (64 if where == "record" else 1)):  # of a record, beyond repair
+                    file.seek(at)
+                    byte = file.read(1)[0]
+                    file.seek(at)
+                    file.write(bytes([byte ^ 8]))
+        return len(held)
 
     # -- judging -----------------------------------------------------------------------------------------------------
 

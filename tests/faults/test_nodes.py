@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -226,3 +227,88 @@ def test_a_trainer_dies_at_a_named_place_and_two_nodes_with_it(
     cluster.replace(*lost)
     cluster.finish()
     assert min(cluster.judge()[1:]) > 0
+
+
+# -- more than m ---------------------------------------------------------------------------------------------------------
+
+
+def test_more_than_m_nodes_are_lost(make_cluster: MakeCluster, rng: random.Random) -> None:
+    """Nobody starts from scratch by accident: the refusal names the snapshot, the group and what is missing."""
+    cluster = make_cluster(4, "2+2")
+    cluster.begin()
+    cluster.start()
+    step = cluster.await_protected(2)
+    gone = sorted(rng.sample(range(4), 3))
+    cluster.lose(*gone)
+    cluster.replace(*gone)
+    cluster.start()
+    cluster.await_end(1)
+    said = cluster.errors()
+    found = re.search(r"passed over \w+/(\d+): 3 of 4 images cannot be had: (.*); the group of (.*)", said)
+    assert found is not None, said
+    assert int(found[1]) >= step
+    assert found[2] == ", ".join(f"rank {rank} missing" for rank in gone)
+    assert "ranks 0, 1, 2, 3 survives the loss of 2 of its 4 members" in found[3]
+    assert f"the images of ranks {', '.join(map(str, gone))} are lost, and the parity of 3 members" in found[3]
+    assert f"/{found[1]} was complete and cannot be had" in said
+
+
+def _two_protected(cluster: Cluster) -> tuple[int, int]:
+    """Have two snapshots protected, and none newer begun; returns their steps, the older first."""
+    cluster.begin()
+    cluster.start(steps=6)
+    cluster.await_end()
+    cluster.start(crash=dict.fromkeys(range(cluster.world), "capture.before-open=1"))
+    for rank in range(cluster.world):
+        cluster.await_rank_death(rank)
+    held = {record.id.step for index in cluster.there for record in cluster.held(index, "lane").values()}
+    assert len(held) == 2
+    assert max(held) == cluster.this_life()[0]["restored"]
+    return min(held), max(held)
+
+
+def test_what_cannot_be_rebuilt_gives_way_to_what_can(make_cluster: MakeCluster, rng: random.Random) -> None:
+    """Parity of the newest snapshot is damaged, and a node is lost: the older snapshot comes back, and is said to be older."""
+    cluster = make_cluster(3, "2+1")
+    older, newest = _two_protected(cluster)
+    gone = rng.randrange(3)
+    for index in {0, 1, 2} - {gone}:
+        assert cluster.flip(index, newest, "first byte", "lane") == 1
+    cluster.lose(gone)
+    cluster.replace(gone)
+    cluster.finish()
+    assert cluster.judge()[-1] == older
+    assert f"/{newest} was complete and cannot be had: 1 of 3 images cannot be had: rank {gone}" in cluster.errors()
+
+
+# -- damage --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["first byte", "last byte", "checksums", "layout", "record"])
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+def test_flipped_bits_in_a_slot_are_repaired_from_the_group(
+    make_cluster: MakeCluster, rng: random.Random, where: str, strategy: str
+) -> None:
+    cluster = make_cluster(3, "2+1", strategy)
+    _, newest = _two_protected(cluster)
+    node = rng.randrange(3)
+    assert cluster.flip(node, newest, where) == 1
+    cluster.finish()
+    assert cluster.judge()[-1] == newest
+    if where != "record":  # without it, nobody knows of damage: there is nothing
+        assert cluster.status(node).group.damaged == 1
+
+
+@pytest.mark.parametrize("loss", [False, True])
+def test_flipped_bits_in_parity_are_an_erasure(make_cluster: MakeCluster, rng: random.Random, loss: bool) -> None:
+    """One node's parity and, of another node, all: two of two that may be."""
+    cluster = make_cluster(4, "2+2")
+    _, newest = _two_protected(cluster)
+    damaged, gone = rng.sample(range(4), 2)
+    assert cluster.flip(damaged, newest, "first byte", "lane") == 1
+    if loss:
+        cluster.lose(gone)
+        cluster.replace(gone)
+    cluster.finish()
+    assert cluster.judge()[-1] == newest
+    assert sum(cluster.status(index).group.damaged for index in range(4)) > 0
