@@ -27,7 +27,7 @@ from .bulk import BulkServer, Pace
 from .peers import Peers
 from .protector import Protector
 from .service import MESSAGE_BYTES, AgentService
-from .settings import NodeSettings, prepare_folder
+from .settings import NodeSettings, prepare_folder, remember, remembered
 from .trust import Trust
 
 _log = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ class DaemonOptions:
         domains: failure domains of this node, from wide to narrow, like ("rack", "r1"); the host is added.
         trust: certificates for mutual TLS with peers.
         net_limit_bytes_s: how fast it sends to peers at most, None for as fast as it can.
+        flags: the options of ``holdfast agent`` that say the same, for whoever starts this agent's successor.
         memory_limit_bytes: most shared memory for all ranks of this node, None for what the node has.
         idle_exit_s: with nobody attached and no snapshot that matters, end after this time; None never.
         keep_s: how long snapshots matter whose trainers died and did not come back; None forever.
@@ -55,6 +56,7 @@ class DaemonOptions:
     domains: tuple[tuple[str, str], ...] = ()
     trust: Trust | None = None
     net_limit_bytes_s: float | None = None
+    flags: tuple[str, ...] = ()
     memory_limit_bytes: int | None = None
     idle_exit_s: float | None = 300.0
     keep_s: float | None = 24 * 3600.0
@@ -85,17 +87,18 @@ async def _serve(settings: NodeSettings, options: DaemonOptions, version: str, l
     reach("adopt.scanned")
     service = AgentService(options.name, version, settings, arenas, _domains(options))
     settings.socket.unlink(missing_ok=True)  # the lock is ours, so whoever bound it is gone
-    limits = [("grpc.max_receive_message_length", MESSAGE_BYTES), ("grpc.max_send_message_length", MESSAGE_BYTES)]
+    # Without sharing of ports: a port that somebody else has taken meanwhile must be noticed.
+    limits = [
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", MESSAGE_BYTES),
+        ("grpc.max_send_message_length", MESSAGE_BYTES),
+    ]
     near, far = grpc.aio.server(options=limits), grpc.aio.server(options=limits)
     near.add_generic_rpc_handlers((service.handlers(trainers=True),))
     far.add_generic_rpc_handlers((service.handlers(trainers=False),))
     near.add_insecure_port(f"unix:{settings.socket}")
     host = listen.rpartition(":")[0]
-    if options.trust is None:
-        port = far.add_insecure_port(listen)
-    else:
-        port = far.add_secure_port(listen, options.trust.server_credentials())
-    service.listen = f"{host}:{port}"
+    service.listen = f"{host}:{_bind(far, listen, settings, options.trust)}"
     pace = Pace(options.net_limit_bytes_s) if options.net_limit_bytes_s else None
     tls = options.trust.server_context() if options.trust else None
     bulk = BulkServer(host.strip("[]"), 0, tls, pace)
@@ -124,6 +127,25 @@ async def _serve(settings: NodeSettings, options: DaemonOptions, version: str, l
     _log.info("agent %s ends", options.name)
 
 
+def _bind(server: grpc.aio.Server, listen: str, settings: NodeSettings, trust: Trust | None) -> int:
+    """Listen for peers; returns the port. Where any will do, the one of the agent before: its peers know no other."""
+
+    def bind(address: str) -> int:
+        if trust is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, trust.server_credentials())
+
+    host, _, port = listen.rpartition(":")
+    before = remembered(settings).get("listen", "")
+    if port == "0" and isinstance(before, str) and before.rpartition(":")[0] == host:
+        with contextlib.suppress(RuntimeError):
+            return bind(before)
+    try:
+        return bind(listen)
+    except RuntimeError as error:
+        raise ConfigError(f"cannot listen on {listen}: {error}") from error
+
+
 async def _until_done(service: AgentService, options: DaemonOptions) -> bool:
     """Wait for a signal (False) or for idleness (True: nobody wants the snapshots any more)."""
     asked = asyncio.Event()
@@ -143,7 +165,7 @@ async def _until_done(service: AgentService, options: DaemonOptions) -> bool:
 
 def _leave(settings: NodeSettings) -> None:
     """Remove what is ours from the folder, and the folder if nothing else is in it."""
-    for name in ("agent.pid", "agent.sock", "agent.log", "agent.lock", "launch.lock"):
+    for name in ("agent.pid", "agent.sock", "agent.log", "agent.lock", "agent.json", "agent.json.new", "launch.lock"):
         (settings.shm / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         settings.shm.rmdir()
@@ -151,6 +173,7 @@ def _leave(settings: NodeSettings) -> None:
 
 def _say_ready(settings: NodeSettings, options: DaemonOptions, service: AgentService) -> None:
     (settings.shm / "agent.pid").write_text(f"{os.getpid()}\n")
+    remember(settings, service.listen, options.flags)
     line = f"holdfast agent {options.name} ready job={settings.job} socket={settings.socket} listen={service.listen} "
     sys.stdout.write(f"{line}shm={settings.shm} pid={os.getpid()}\n")
     sys.stdout.flush()

@@ -13,7 +13,7 @@ from typing import Final
 
 from ..errors import AgentUnreachable, DeadlinePassed, HoldfastError
 from .client import AgentClient
-from .settings import NodeSettings, prepare_folder
+from .settings import NodeSettings, prepare_folder, remembered
 
 _POLL_S: Final = 0.02
 
@@ -54,10 +54,11 @@ def _answers(settings: NodeSettings) -> bool:
 
 
 def _start(settings: NodeSettings, deadline_s: float) -> None:
-    """Start a detached agent; its parent exits once it is ready, so nothing is left for us to reap."""
+    """Start a detached agent, with the options of the one before; its parent exits once it is ready, so nothing is left
+    for us to reap."""
     command = [
         sys.executable, "-P", "-m", __package__.partition(".")[0], "agent", "--detach", "--job", settings.job,
-        "--shm", str(settings.shm), "--socket", str(settings.socket),
+        "--shm", str(settings.shm), "--socket", str(settings.socket), *map(str, remembered(settings).get("flags", [])),
     ]  # fmt: skip
     try:
         done = subprocess.run(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from ..errors import AgentUntrusted, ConfigError
 
@@ -80,6 +81,23 @@ def default_job(script: str | None = None) -> str:
 def job_hash(job: str) -> int:
     """What records carry of a job's name."""
     return int.from_bytes(hashlib.sha256(job.encode()).digest()[:8], "little")
+
+
+def remember(settings: NodeSettings, listen: str, flags: Sequence[str]) -> None:
+    """Note where this agent listens and how it was started, for its successor, whoever starts that."""
+    path = settings.shm / "agent.json"
+    fresh = path.with_suffix(".json.new")
+    fresh.write_text(json.dumps({"listen": listen, "flags": list(flags)}))
+    fresh.replace(path)
+
+
+def remembered(settings: NodeSettings) -> dict[str, Any]:
+    """What the agent before noted; nothing if there was none, or it cannot be read."""
+    try:
+        noted = json.loads((settings.shm / "agent.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return noted if isinstance(noted, dict) else {}
 
 
 def machine() -> str:

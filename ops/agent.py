@@ -7,6 +7,7 @@ import platform
 import sys
 
 import click
+from click.core import ParameterSource
 
 from .._version import __version__
 from ..agent.daemon import DaemonOptions, configure_logging, run
@@ -87,8 +88,28 @@ def agent(
         memory_limit_bytes=memory_limit,
         idle_exit_s=idle_exit,
         keep_s=keep,
+        flags=_flags(click.get_current_context()),
     )
     run(settings, options, __version__, detached=detached)
+
+
+def _flags(context: click.Context) -> tuple[str, ...]:
+    """The options that were given, as they would be given again; not those that say where, or how this process runs."""
+    where = {"job", "shm", "socket", "detached", "log_format"}
+    flags: list[str] = []
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in where or source is ParameterSource.DEFAULT:
+            continue
+        value = context.params[parameter.name or ""]
+        said = value if isinstance(value, tuple) else (value,)
+        flags += [word for one in said for word in (parameter.opts[0], _as_given(one))]
+    return tuple(flags)
+
+
+def _as_given(value: object) -> str:
+    """An option's value in the words of its type: durations and sizes are read as plain seconds and bytes."""
+    return "never" if value is None else str(value)
 
 
 def _domain(text: str) -> tuple[str, str]:

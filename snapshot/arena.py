@@ -295,7 +295,9 @@ def scan(folder: Path) -> tuple[list[Place], list[str]]:
     return places, foreign
 
 
-_NEIGHBOURS: Final = frozenset({"agent.sock", "agent.pid", "agent.lock", "agent.log", "launch.lock"})
+_NEIGHBOURS: Final = frozenset(
+    {"agent.sock", "agent.pid", "agent.lock", "agent.log", "agent.json", "agent.json.new", "launch.lock"}
+)
 
 
 def _measure(path: Path, rank: int, index: int, parity: bool) -> Place | None:
