@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ..erasure.kernel import crc32c
 from ..errors import Corrupt
-from ..snapshot.record import Record
+from ..snapshot.record import BLOCK_SIZES, Record
 from .guard import Offer
 
 
@@ -33,8 +33,10 @@ class Manifest:
     def of(cls, record: bytes, checks: bytes, layout: bytes) -> Manifest:
         """From what another agent sent, or memory held. Raises ``Corrupt`` unless all parts fit together."""
         found, _ = Record.from_bytes(record)
+        if found.block_bytes not in BLOCK_SIZES:  # buffers and cells are made of that size
+            raise Corrupt(f"the record of {found.id} of rank {found.rank} speaks of blocks of {found.block_bytes} bytes")
         sums = np.frombuffer(checks, np.uint32) if len(checks) % 4 == 0 else np.empty(0, np.uint32)
-        blocks = -(-found.image_bytes // found.block_bytes) if found.block_bytes else -1
+        blocks = -(-found.image_bytes // found.block_bytes)
         if len(sums) != blocks or crc32c(checks) != found.checks_crc or crc32c(layout) != found.layout_crc:
             raise Corrupt(f"the manifest of {found.id} of rank {found.rank} does not match its own checksums")
         return cls(found, sums, layout)
@@ -107,6 +109,9 @@ class CellTable:
                     Manifest.of(bytes.fromhex(member["record"]), rest[:checks], rest[checks : checks + layout])
                 )
                 rest = rest[checks + layout :]
-            return cls(tuple(manifests), int(found["me"]), int(found["tolerance"]), int(found["key"]))
-        except (ValueError, KeyError, TypeError) as error:
+            table = cls(tuple(manifests), int(found["me"]), int(found["tolerance"]), int(found["key"]))
+            if not (0 <= table.me < len(manifests) and 0 < table.tolerance < len(manifests) and any(manifests)):
+                raise ValueError(f"member {table.me} of {len(manifests)}, {table.tolerance} of whom may be lost")
+            return table
+        except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
             raise Corrupt(f"a parity cell's table cannot be read: {error}") from error

@@ -122,6 +122,10 @@ class Record:
         return (word ^ self.nonce).bit_count() <= WORD_TOLERANCE
 
 
+BLOCK_SIZES: Final = frozenset(1 << power for power in range(16, 23))
+"""Of checksum blocks: 64 KiB to 4 MiB."""
+
+
 def block_bytes_for(image_bytes: int) -> int:
     """The length of an image's checksum blocks: a power of two, about 128 per image, 64 KiB to 4 MiB.
 
