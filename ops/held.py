@@ -17,6 +17,7 @@ from ..snapshot.recovery import Held, HeldParity, Prospect, prospects
 from .answers import Answered, Answers, Asked, ask
 
 LATEST: Final = "latest"
+_LOOKS: Final = 4  # at a job that moves on meanwhile
 _NAME: Final = re.compile(r"(?:([0-9a-fA-F-]*)/)?(\d+|latest)")
 
 
@@ -62,8 +63,16 @@ Holdings = tuple[wire.StatusReport, wire.ImageList]
 
 
 def ask_holdings(asked: Asked) -> Answers[Holdings]:
-    """Which snapshots each agent holds, and for which job."""
-    return ask(asked, _holdings, lambda holdings: holdings[0])
+    """Which snapshots each agent holds, and for which job.
+
+    No two agents are asked at the same instant. If a job trains on so fast that their answers have no snapshot in common, they
+    are asked again, a few times.
+    """
+    for _ in range(_LOOKS):
+        answers = ask(asked, _holdings, lambda holdings: holdings[0])
+        if not any(job.moved_on for job in by_job(answers.given).values()):
+            break
+    return answers
 
 
 def _holdings(client: AgentClient) -> Holdings:
@@ -130,6 +139,11 @@ class JobHoldings:
     parities: list[HeldParity] = field(default_factory=list)
     attached: dict[int, str] = field(default_factory=dict)
     prospects: dict[SnapshotId, Prospect] = field(default_factory=dict)
+
+    @property
+    def moved_on(self) -> bool:
+        """Whether all that was seen may have been overwritten meanwhile by something newer: it makes no snapshot."""
+        return bool(self.attached and self.images) and all(p.reason is not None for p in self.prospects.values())
 
     def spare(self, id: SnapshotId) -> Spare | None:
         """How many more agents may be lost, and *id* can still be restored."""

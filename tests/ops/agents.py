@@ -43,7 +43,7 @@ class Node:
         self.settings = NodeSettings(job, folder, folder / "agent.sock", autostart=False)
         self.address = str(self.settings.socket)
         self.name = name
-        tls = ["--tls-ca", trust.ca, "--tls-cert", trust.cert, "--tls-key", trust.key] if trust else []
+        tls = [f"--tls-ca={trust.ca}", f"--tls-cert={trust.cert}", f"--tls-key={trust.key}"] if trust else []
         self._process = subprocess.Popen(
             [
                 sys.executable, "-P", "-m", "holdfast", "agent", "--job", job, "--shm", str(self.settings.shm),
@@ -52,6 +52,7 @@ class Node:
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
         self.pid = self._process.pid
+        self.ready = ""
 
     def await_ready(self) -> None:
         assert self._process.stdout is not None
