@@ -10,13 +10,13 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from ..crashpoints import reach
-from ..erasure.stripes import Geometry, Kind, Term, Unrecoverable, rebuild_terms
-from ..errors import Corrupt, HoldfastError, SnapshotLost
+from ..erasure.stripes import Geometry, Kind, Term, rebuild_terms
+from ..errors import BudgetExceeded, Corrupt, HoldfastError, Remedy, SnapshotLost
 from ..snapshot.arena import Slot
 from ..snapshot.record import Record, SnapshotId
 from . import wire_pb2 as wire
@@ -26,8 +26,10 @@ from .client import id_of, wire_id
 from .combine import Outcome, Piece, Source, SourceFailed, Where
 from .manifest import CellTable, Manifest
 from .peers import Peers
+from .tasks import to_the_end
 
 _log = logging.getLogger(__name__)
+_PAUSES_S: Final = (0.2, 1.0, 3.0)  # before trying again what did not work for a passing reason
 
 Ranges = Sequence[tuple[int, int]]
 Combine = Callable[[Any, int, Sequence[Term], dict[Where, Source], Ranges | None], Awaitable[Outcome]]
@@ -71,24 +73,49 @@ class Rebuilder:
         self.repaired = 0
 
     async def run(self, request: wire.MaterialiseRequest) -> wire.MaterialiseReply:
-        """See ``Protector.materialise``."""
+        """See ``Protector.materialise``.
+
+        Raises:
+            SnapshotLost: it cannot be had, however often one tries.
+            AgentUnreachable, DeadlinePassed, BudgetExceeded, …: what stood in the way may be over at the next try.
+        """
+        for pause_s in _PAUSES_S:
+            try:
+                return await self._try(request)
+            except HoldfastError as error:
+                if error.remedy is not Remedy.RETRY:
+                    raise
+                _log.warning("bringing the image of rank %d: %s; trying again", request.rank, error)
+                await asyncio.sleep(pause_s)
+        return await self._try(request)
+
+    async def _try(self, request: wire.MaterialiseRequest) -> wire.MaterialiseReply:
         id = id_of(request.id)
         here = self._arenas.image(request.rank, id)
         if here is not None and any(i.rank == request.rank and i.agent == self._name for i in request.images):
             return wire.MaterialiseReply(path=here.place.path, how="held here")
         reasons: list[str] = []
+        passing: HoldfastError | None = None  # what may be otherwise next time
         for image in request.images:
             if image.rank == request.rank and image.agent != self._name:
                 try:
                     return await self._fetch(id, image)
+                except BudgetExceeded:
+                    raise
                 except HoldfastError as error:
                     reasons.append(f"fetching from {image.agent}: {error}")
+                    passing = _passing(error) or passing
         # Between two groupings there may be parity of both, and of one of them too little.
         for key in dict.fromkeys(p.parity.key for p in request.parities if request.rank in p.parity.ranks):
             try:
                 return await self._rebuild(id, request, key)
-            except (HoldfastError, Unrecoverable) as error:
+            except BudgetExceeded:
+                raise
+            except (HoldfastError, ValueError) as error:  # ``Unrecoverable``; or a table that makes no sense
                 reasons.append(f"rebuilding: {error}")
+                passing = _passing(error) or passing
+        if passing is not None:
+            raise passing
         raise SnapshotLost(
             f"the image of {id} of rank {request.rank} cannot be had: {'; '.join(reasons) or 'no source'}"
         )
@@ -99,8 +126,10 @@ class Rebuilder:
         request = wire.ManifestRequest(id=wire_id(id), image=_image(image.rank, image.checks_crc))
         told = await self._peers.manifest(image.address, request)
         manifest = Manifest.of(told.record, told.checks, told.text)
-        slot = await asyncio.to_thread(self._free, manifest, id)
         record = manifest.record
+        if (record.id, record.rank, record.checks_crc) != (id, image.rank, image.checks_crc):
+            raise Corrupt(f"agent {image.agent} answers for {record.id} of rank {record.rank}")
+        slot = await to_the_end(asyncio.to_thread(self._free, manifest, id))
         terms = [Term(0, 0, Kind.IMAGE, 0, record.image_bytes, 1)]
         sources = {(0, Kind.IMAGE): self._image_at(image.address, manifest, "fetch")}
         outcome = await self._combine(slot.image[: record.image_bytes], record.block_bytes, terms, sources, None)
@@ -121,10 +150,10 @@ class Rebuilder:
         manifest = group.table.manifests[group.lost]
         assert manifest is not None
         record = manifest.record
-        damaged_here = self._arenas.image(request.rank, id, record.checks_crc)
-        if damaged_here is not None:
-            return await self._repair(damaged_here, group, manifest)
-        slot = await asyncio.to_thread(self._free, manifest, id)
+        here = self._arenas.image(request.rank, id, record.checks_crc)
+        if here is not None and here.sealed_record() is not None:
+            return await self._repair(here, group, manifest)
+        slot = await to_the_end(asyncio.to_thread(self._free, manifest, id))
         reach("rebuild.begun")
         await self._compute(slot, group, [(0, record.image_bytes)])
         found = await asyncio.to_thread(slot.checksums, record.image_bytes, record.block_bytes)
@@ -196,8 +225,10 @@ class Rebuilder:
         sources: dict[Where, Source] = {}
         for index, (mate, told) in cells.items():
             try:
-                parity = Manifest.of(told.record, told.checks, told.text)
-                table = table or CellTable.from_text(told.text)
+                parity, its = Manifest.of(told.record, told.checks, told.text), CellTable.from_text(told.text)
+                if (its.key, its.me, its.ranks) != (key, index, list(mate.parity.ranks)):
+                    raise Corrupt(f"it answers for member {its.me} of {its.ranks}")
+                table = table or its
             except Corrupt as error:
                 _log.warning("the parity of agent %s counts as lost: %s", mate.agent, error)
                 continue
@@ -232,6 +263,12 @@ class Rebuilder:
         return Source(
             record.image_bytes, record.block_bytes, manifest.checks, open=partial(self._open, mate.address, request)
         )
+
+
+def _passing(error: Exception) -> HoldfastError | None:
+    """The error, if what it tells of may be over at the next try."""
+    cause = error.error if isinstance(error, SourceFailed) else error
+    return cause if isinstance(cause, HoldfastError) and cause.remedy is Remedy.RETRY else None
 
 
 def _damaged_ranges(outcome: Outcome, end: int) -> list[tuple[int, int]]:
