@@ -346,6 +346,28 @@ class Arenas:
             for lane in range(lanes)
         ]
 
+    def verify_cells(self, id: SnapshotId) -> int:
+        """Read the parity of *id*, and drop what is damaged: it is made again. Returns how many blocks, or tables, are.
+
+        Called in a worker thread.
+        """
+        damaged = 0
+        for slot in self._cells.values():
+            record = slot.sealed_record()
+            if record is None or record.id != id:
+                continue
+            try:
+                checks, _ = slot.read_tables(record)
+                found = slot.checksums(record.image_bytes, record.block_bytes, self._pool)
+                bad = int(np.count_nonzero(found != checks))
+            except Corrupt:
+                bad = 1
+            if bad:
+                _log.warning("%s: %d blocks of the parity of %s are damaged; it is dropped", slot.place.path, bad, id)
+                slot.unseal()
+                damaged += bad
+        return damaged
+
     def tables(self) -> list[tuple[tuple[int, int], SnapshotId, CellTable]]:
         """Every sealed cell: (lane, index), of which snapshot, and what it says of itself."""
         found = []

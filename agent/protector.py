@@ -161,6 +161,8 @@ class Protector:
         await ended(filling)
         await asyncio.to_thread(reserve)
         await asyncio.to_thread(self._arenas.prefault_cells)
+        if floor is not None:  # it is said to be protected again soon, so what is held of it must be good
+            self._status.damaged += await asyncio.to_thread(self._arenas.verify_cells, floor)
         self._addresses = tuple(peer.address for peer in peers)
         self._known.clear()
         self._manifests.clear()
