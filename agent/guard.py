@@ -349,31 +349,26 @@ class Guard:
         return [Accumulate(lane, cell, id, key, self._attempts, offers)]
 
     def _overwritable(self, lane: int, id: SnapshotId) -> int | None:
-        """A free cell, else the oldest that is not needed.
-
-        What is outstanding is needed, as it may be the watermark in a moment, and ``keep``. Of that there may be parity of a
-        group that is no more: it goes once this agent holds its part of the new one, and then only for a newer snapshot, as
-        these are taken only when all members do. Where nothing but such parity is held, one of it has to go.
-        """
+        """The cell to fill with *id*: a free one, else the oldest that may go, those first that nobody wants."""
         cells = self._lanes[lane].cells
         free = next((i for i, cell in enumerate(cells) if cell.stage is Stage.FREE), None)
         if free is not None:
             return free
-        replaced = id != self.keep and self.keep is not None and self._holds(lane, self.keep)
-        old: list[tuple[SnapshotId, int]] = []
-        for index, cell in enumerate(cells):
-            if cell.stage is not Stage.HELD or cell.id is None:
-                continue
-            needed = not replaced or self._fits(lane, cell) if cell.id == self.keep else cell.id in self._wanted
-            if not needed:
-                old.append((cell.id, index))
-        stuck = id == self.keep and all(cell.stage is Stage.HELD and cell.id == id for cell in cells)
-        return min(old)[1] if old else 0 if stuck else None
+        may_go = [i for i, cell in enumerate(cells) if self._may_go(cell, lane, id)]
+        return min(may_go, key=lambda i: (cells[i].id in self._wanted, cells[i].id), default=None)
 
-    def _fits(self, lane: int, cell: Cell) -> bool:
-        """Whether the cell's parity is of the images that are offered now, in this group."""
-        offers = self._complete(lane, cell.id) if cell.id is not None else None
-        return offers is not None and cell.key == key_of(offers, self._tolerance)
+    def _may_go(self, cell: Cell, lane: int, id: SnapshotId) -> bool:
+        """Whether *cell* is of no use any more once *id* is guarded.
+
+        Not if it is newer, and of this run: it may be the watermark, although nobody has told us yet. And not if it is of
+        ``keep``; but of that there may be parity of a group that is no more, which goes when there is no other place.
+        """
+        if cell.stage is not Stage.HELD or cell.id is None:
+            return False
+        if cell.id == self.keep:
+            key = self._key(lane, cell.id)
+            return key is not None and cell.key != key
+        return cell.id < id or cell.id.run != self.run
 
     def _complete(self, lane: int, id: SnapshotId) -> tuple[Offer | None, ...] | None:
         """An offer of every member that has a rank in this lane; None if one is missing."""
@@ -394,11 +389,13 @@ class Guard:
 
     def _holds(self, lane: int, id: SnapshotId) -> bool:
         """Whether the lane's parity of *id* is held, of the very images that are offered now."""
+        key = self._key(lane, id)
+        return key is not None and Cell(Stage.HELD, id, key) in self._lanes[lane].cells
+
+    def _key(self, lane: int, id: SnapshotId) -> int | None:
+        """What names the lane's parity of *id*; None while an image is not known of."""
         offers = self._complete(lane, id)
-        if offers is None:
-            return False
-        wanted = Cell(Stage.HELD, id, key_of(offers, self._tolerance))
-        return wanted in self._lanes[lane].cells
+        return None if offers is None else key_of(offers, self._tolerance)
 
     @property
     def _tolerance(self) -> int:
