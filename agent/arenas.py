@@ -232,6 +232,8 @@ class Arenas:
     def free_slot(self, manifest: Manifest, keep: SnapshotId) -> Slot:
         """A slot for a copy of an image, unsealed: a free one, else one that holds anything but *keep*, else a new one.
 
+        Slots that are too small are replaced by larger ones; their trainer looks at them again after a restore.
+
         Raises ``BudgetExceeded``.
         """
         record = manifest.record
@@ -250,7 +252,12 @@ class Arenas:
                 continue
             slot.unseal()
             return slot
-        index = max((i for rank, i in self._slots if rank == record.rank), default=-1) + 1
+        small = [slot for slot in sorted(mine, key=cost) if (held := slot.sealed_record()) is None or held.id != keep]
+        index = (
+            small[0].place.index
+            if small
+            else max((i for rank, i in self._slots if rank == record.rank), default=-1) + 1
+        )
         place = place_for(self._settings.shm, record.rank, index, table_bytes=needed, image_bytes=record.image_bytes)
         self._check_budget([place])
         self._make(place)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from ..agent import wire_pb2 as wire
@@ -16,7 +17,7 @@ from ..agent.launch import ensure_agent
 from ..agent.settings import NodeSettings
 from ..crashpoints import reach
 from ..errors import AgentUnreachable, DeadlinePassed, HoldfastError, SnapshotSkipped
-from ..snapshot.arena import Place, Slot
+from ..snapshot.arena import Place, Slot, measure
 from ..snapshot.beat import NONE
 from ..snapshot.record import SnapshotId, new_nonce
 from ..snapshot.slots import Event, SlotState, Stage, find, overwritable
@@ -279,7 +280,12 @@ class Holding:
         """Look at the slots again: the agent has put images there, for a restore."""
         with self._changed:
             for index, slot in enumerate(self._slots):
-                if self._flights.get(index) is None and self._states[index].stage is not Stage.GROWING:
+                place = None if slot.in_place else measure(Path(slot.place.path), self._rank, index, parity=False)
+                if place is not None:  # a larger one has taken its place
+                    fresh = Slot.open(place)
+                    fresh.prefault()
+                    self._adopt(index, fresh)
+                elif self._flights.get(index) is None and self._states[index].stage is not Stage.GROWING:
                     record = slot.sealed_record()
                     self._states[index] = SlotState(Stage.SEALED, record.id) if record else SlotState()
 
@@ -388,7 +394,9 @@ class Holding:
                 self._send(self._roster)
             for index in range(len(self._states)):
                 flight = self._flights.get(index)
-                if flight and flight.copied:  # even if it is recorded: the new agent does not look at what is not sealed yet
+                if (
+                    flight and flight.copied
+                ):  # even if it is recorded: the new agent does not look at what is not sealed yet
                     self._send(flight.copied)
             self._changed.notify_all()
 

@@ -288,7 +288,7 @@ def scan(folder: Path) -> tuple[list[Place], list[str]]:
         regular = entry.is_file(follow_symlinks=False)
         if regular and entry.name.endswith(".new") and parse_name(entry.name.removesuffix(".new")):
             os.unlink(entry.path)
-        elif regular and (identity := parse_name(entry.name)) and (place := _measure(Path(entry.path), *identity)):
+        elif regular and (identity := parse_name(entry.name)) and (place := measure(Path(entry.path), *identity)):
             places.append(place)
         elif entry.name not in _NEIGHBOURS:
             foreign.append(entry.name)
@@ -300,8 +300,8 @@ _NEIGHBOURS: Final = frozenset(
 )
 
 
-def _measure(path: Path, rank: int, index: int, parity: bool) -> Place | None:
-    """Divide an existing slot file by its record; None if it is not ours, or too short to be one."""
+def measure(path: Path, rank: int, index: int, parity: bool) -> Place | None:
+    """The place of an existing slot, divided by its record; None if it is not ours, or too short to be one."""
     with _descriptor(str(path), os.O_RDONLY) as fd:
         stat = os.fstat(fd)
         if stat.st_uid != os.getuid() or stat.st_size < _TABLE_OFFSET:
