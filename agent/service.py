@@ -256,6 +256,7 @@ class AgentService:
             except HoldfastError as error:
                 _log.warning("no protection: %s", error)
                 answer = wire.Rostered(alone=True, error=error_text(error))
+        answer.run, answer.floor = roster.run, roster.floor.step
         await write(wire.FromAgent(rostered=answer))
 
     async def _checksum(self, trainer: _Trainer, action: protocol.Checksum, write: Write) -> None:

@@ -147,12 +147,16 @@ class Peer(_message.Message):
     def __init__(self, agent: _Optional[str] = ..., address: _Optional[str] = ..., domains: _Optional[_Iterable[_Union[Domain, _Mapping]]] = ..., ranks: _Optional[_Iterable[int]] = ..., slots: _Optional[int] = ..., image_bytes: _Optional[int] = ..., table_bytes: _Optional[int] = ...) -> None: ...
 
 class Rostered(_message.Message):
-    __slots__ = ("alone", "error")
+    __slots__ = ("alone", "error", "run", "floor")
     ALONE_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    FLOOR_FIELD_NUMBER: _ClassVar[int]
     alone: bool
     error: str
-    def __init__(self, alone: bool = ..., error: _Optional[str] = ...) -> None: ...
+    run: str
+    floor: int
+    def __init__(self, alone: bool = ..., error: _Optional[str] = ..., run: _Optional[str] = ..., floor: _Optional[int] = ...) -> None: ...
 
 class Guarded(_message.Message):
     __slots__ = ("id",)

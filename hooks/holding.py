@@ -140,6 +140,7 @@ class Holding:
             slot.unseal_to_fill()
             reach("capture.opened")
             self._states[index] = self._states[index].after(Event.OPEN, id)
+            self._guarded.discard(id)
             self._flights[index] = flight
             return slot
 
@@ -186,6 +187,7 @@ class Holding:
                 return
             self._slots[index].unseal()
             self._states[index] = self._states[index].after(Event.DISCARDED)
+            self._guarded.discard(id)
             flight = self._flights.pop(index, None)
             nonce = flight.nonce if flight is not None else 0
             self._send(
@@ -419,13 +421,20 @@ class Holding:
         elif kind == "failed":
             self._failed(message.failed)
         elif kind == "rostered":
-            with self._changed:
-                self._rostered = message.rostered
-                self._changed.notify_all()
+            self._has_answered(message.rostered)
         elif kind == "guarded":
             self._has_guarded(id_of(message.guarded.id))
         elif kind == "unguarded":
             self._cannot_guard(id_of(message.unguarded.id), message.unguarded.reason)
+
+    def _has_answered(self, answer: wire.Rostered) -> None:
+        if answer.error:
+            _log.warning("the agent cannot protect: %s", told(answer.error))
+        with self._changed:
+            asked = self._roster.roster if self._roster is not None else wire.Roster()
+            if (answer.run, answer.floor) == (asked.run, asked.floor.step):
+                self._rostered = answer
+                self._changed.notify_all()
 
     def _has_guarded(self, id: SnapshotId) -> None:
         with self._changed:
