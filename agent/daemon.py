@@ -23,7 +23,7 @@ from ..crashpoints import reach
 from ..errors import AgentError, ConfigError
 from .arenas import Arenas
 from .budget import measure
-from .bulk import BulkServer, Pace
+from .bulk import BulkServer, Limits, Pace
 from .peers import Peers
 from .protector import Protector
 from .service import MESSAGE_BYTES, AgentService
@@ -32,6 +32,7 @@ from .trust import Trust
 
 _log = logging.getLogger(__name__)
 _IDLE_CHECK_S: Final = 1.0
+_STREAMS_OUT: Final = 256  # every other member of a group may pull for each of its ranks at once
 _GRACE_S: Final = 5.0  # for calls under way when the agent is asked to end
 
 
@@ -101,7 +102,7 @@ async def _serve(settings: NodeSettings, options: DaemonOptions, version: str, l
     service.listen = f"{host}:{_bind(far, listen, settings, options.trust)}"
     pace = Pace(options.net_limit_bytes_s) if options.net_limit_bytes_s else None
     tls = options.trust.server_context() if options.trust else None
-    bulk = BulkServer(host.strip("[]"), 0, tls, pace)
+    bulk = BulkServer(host.strip("[]"), 0, tls, pace, limits=Limits(connections=_STREAMS_OUT))
     peers = Peers(settings.job, options.name, options.trust)
     protector = Protector(options.name, settings.job, arenas, bulk, peers, options.trust, service.tell)
     service.protector = protector

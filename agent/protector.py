@@ -37,6 +37,7 @@ from .guard import (
 from .manifest import CellTable, Manifest
 from .peers import Peers
 from .rebuild import Rebuilder
+from .settings import job_hash
 from .tasks import ended, to_the_end
 from .trust import Trust
 
@@ -299,6 +300,7 @@ class Protector:
                 self._known[address, offer.rank] = crc
                 return
             self._known.pop((address, offer.rank), None)
+            await asyncio.sleep(_REPEAT_FROM_S)  # a peer that never has enough must not keep this one busy
 
     async def _ask_offers(self, member: int) -> None:
         """Repeat until the peer has answered, or the group is another."""
@@ -500,6 +502,8 @@ class Protector:
         if table is None or place is None or table.agents[place[0]] != message.agent:
             return True  # of a group that we know nothing of (yet): whoever joins asks for offers
         record, _ = Record.from_bytes(message.record)
+        if record.rank != message.rank or record.job != job_hash(self._job):
+            raise Corrupt(f"agent {message.agent} offers an image of rank {record.rank} as one of rank {message.rank}")
         layouts = self._layouts.setdefault((message.agent, message.rank), {})
         if message.layout:
             layouts[record.layout_crc] = message.layout
