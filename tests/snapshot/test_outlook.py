@@ -113,3 +113,14 @@ def test_the_count_is_that_of_the_plan_itself(data: st.DataObject, n: int) -> No
     survived = [all(restorable(lost) for lost in combinations(agents, count)) for count in range(len(agents) + 1)]
     expected = survived.index(False) - 1
     assert found == (Spare(expected) if expected >= 0 else None)
+
+
+def test_every_snapshot_has_a_prospect_and_its_own_number_of_ranks() -> None:
+    held, parities = protected(3, 1, complete=False)
+    held, parities = without(["n0"], held, parities)
+    older = SnapshotId(1, 2, "b" * 32)
+    found = list(prospects([*held, image(0, 1, "n1", id=older)], parities=parities))
+    assert [(p.id, p.complete, len(p.sources)) for p in found] == [(ID, False, 0), (older, True, 1)]
+    assert found[0].reason is not None
+    assert found[0].reason.endswith("not known to have been complete, so nothing of it may be rebuilt")
+    assert [p.reason for p in prospects([replace(h, complete=True) for h in held], parities=parities)] == [None]
