@@ -204,6 +204,8 @@ def _address(listen: str, *, trusted: bool) -> tuple[str, int]:
         number = int(port)
     except ValueError as error:
         raise ConfigError(f"--listen {listen!r}: an address and a port are needed, like 127.0.0.1:0") from error
+    if address.is_unspecified:
+        raise ConfigError(f"--listen {listen}: an address that peers can call is needed, not the one that means all")
     if not trusted and not address.is_loopback:
         raise ConfigError(f"--listen {listen}: without TLS only loopback addresses are served")
     return (f"[{address}]" if address.version == 6 else str(address)), number

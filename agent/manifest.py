@@ -34,7 +34,9 @@ class Manifest:
         """From what another agent sent, or memory held. Raises ``Corrupt`` unless all parts fit together."""
         found, _ = Record.from_bytes(record)
         if found.block_bytes not in BLOCK_SIZES:  # buffers and cells are made of that size
-            raise Corrupt(f"the record of {found.id} of rank {found.rank} speaks of blocks of {found.block_bytes} bytes")
+            raise Corrupt(
+                f"the record of {found.id} of rank {found.rank} speaks of blocks of {found.block_bytes} bytes"
+            )
         sums = np.frombuffer(checks, np.uint32) if len(checks) % 4 == 0 else np.empty(0, np.uint32)
         blocks = -(-found.image_bytes // found.block_bytes)
         if len(sums) != blocks or crc32c(checks) != found.checks_crc or crc32c(layout) != found.layout_crc:
