@@ -65,7 +65,7 @@ class Pulse:
     ) -> None:
         """*dropped* is called for each outstanding step that is given up because some rank could not keep it.
 
-        *advanced* is called with each new watermark, whichever call learns of it, and before this rank takes part in another beat:
+        *advanced* is called with each new watermark, whichever call learns of it, before this rank takes part in another beat:
         who knows from that one that all ranks know of the watermark can rely on what was done here.
 
         *relayout* is called when all ranks have agreed to lay their state out anew; it begins a collective, which thereby
