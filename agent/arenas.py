@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -343,11 +343,19 @@ class Arenas:
         """What the cell holds is not needed any more."""
         self._cells[lane, index].unseal()
 
-    def cells(self, me: int) -> list[list[Cell]]:
-        """Where the cells stand, by lane. *me*: the place of this agent in its group; a cell that was filled in another place
-        is held by no key that anybody looks for."""
+    def cells(self, me: int, kept: Collection[tuple[int, SnapshotId, int, int]] = ()) -> list[list[Cell]]:
+        """Where the cells stand, by lane.
+
+        Args:
+            me: the place of this agent in its group; a cell that was filled in another place is held by no key that
+                anybody looks for.
+            kept: lane, snapshot, key and place of the cells that are to be kept.
+        """
         lanes = 1 + max((lane for lane, _ in self._cells), default=-1)
-        held = {where: Cell(Stage.HELD, id, table.key if table.me == me else 0) for where, id, table in self.tables()}
+        held = {
+            (lane, i): Cell(Stage.HELD, id, table.key if table.me == me else 0, (lane, id, table.key, table.me) in kept)
+            for (lane, i), id, table in self.tables()
+        }
         return [
             [held.get((lane, i), Cell()) for i in sorted(i for its, i in self._cells if its == lane)]
             for lane in range(lanes)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Final
 
@@ -78,11 +78,17 @@ class Stage(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One of the places for parity of a lane. *key*: of the images that went into it."""
+    """One of the places for parity of a lane.
+
+    Attributes:
+        key: of the images that went into it; 0 if it was made for another place in the group than this agent has now.
+        kept: the job relies on it until the floor is protected anew.
+    """
 
     stage: Stage = Stage.FREE
     id: SnapshotId | None = None
     key: int = 0
+    kept: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +263,11 @@ class Guard:
                     actions.append(Drop(lane, index))
         return actions
 
+    def floor_stands(self) -> None:
+        """The floor is protected everywhere, in the groups of this run: nobody relies on older parity any more."""
+        for place in self._lanes:
+            place.cells = [replace(cell, kept=False) for cell in place.cells]
+
     def mine(self) -> list[Offer]:
         """What this agent offers now."""
         return [] if self.table is None else [o for o in self._offers.values() if o.member == self.table.me]
@@ -365,7 +376,12 @@ class Guard:
         """
         if cell.stage is not Stage.HELD or cell.id is None:
             return False
+        going_back = self.keep is None or self.keep.run != self.run  # the floor is the newest that is protected
+        if going_back and cell.kept:
+            return False
         if cell.id == self.keep:
+            if going_back and id > cell.id and any(other.kept for other in self._lanes[lane].cells):
+                return True  # the job began to train although not all could protect the floor anew: what is kept counts
             key = self._key(lane, cell.id)
             return key is not None and cell.key != key
         return cell.id < id or cell.id.run != self.run

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..snapshot.record import SnapshotId
 from ..snapshot.recovery import Held, HeldParity
 from . import wire_pb2 as wire
-from .client import id_of
+from .client import id_of, wire_id
 
 
 def held_images(reply: wire.ImageList) -> list[Held]:
@@ -25,3 +25,12 @@ def held_parities(reply: wire.ImageList) -> list[HeldParity]:
         HeldParity(id_of(p.id), p.key, p.index, tuple(p.ranks), p.tolerance, reply.agent, p.lane)
         for p in reply.parities
     ]
+
+
+def parity_source(parity: HeldParity, address: str = "") -> wire.ParitySource:
+    """One parity, and who holds it, as it is said to agents."""
+    said = wire.Parity(
+        id=wire_id(parity.id), lane=parity.lane, index=parity.index, tolerance=parity.tolerance, ranks=parity.ranks,
+        key=parity.key,
+    )  # fmt: skip
+    return wire.ParitySource(parity=said, agent=parity.agent, address=address)

@@ -167,7 +167,12 @@ class Protector:
         self._addresses = tuple(peer.address for peer in peers)
         self._known.clear()
         self._manifests.clear()
-        cells = [lane[:count] for lane in self._arenas.cells(table.me)[: table.lanes]]
+        kept = {
+            (p.parity.lane, id_of(p.parity.id), p.parity.key, p.parity.index)
+            for p in roster.kept
+            if p.agent == self._name
+        }
+        cells = [lane[:count] for lane in self._arenas.cells(table.me, kept)[: table.lanes]]
         actions = self._guard.assemble(table, roster.run, floor, cells, roster.timeout_s)
         self._perform(actions)
         for held in self._arenas.inventory():
@@ -226,6 +231,10 @@ class Protector:
             gone = self._arenas.let_go(self._ranks)
             self._ranks = ()
             self._talk(asyncio.to_thread(release, gone))
+
+    def floor_stands(self) -> None:
+        """What the run started from is protected everywhere."""
+        self._guard.floor_stands()
 
     def withdrawn(self, id: SnapshotId) -> None:
         """A rank of this node gave the snapshot up."""

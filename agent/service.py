@@ -241,8 +241,11 @@ class AgentService:
         """What a trainer's message means for the group."""
         if self.protector is None:
             return
-        if isinstance(event, protocol.Copied) and event.keep is not None:
-            self.protector.complete(event.keep)
+        if isinstance(event, protocol.Copied):
+            if event.keep is not None:
+                self.protector.complete(event.keep)
+            if message.copied.floor_stands:
+                self.protector.floor_stands()
         elif isinstance(event, protocol.Discarded) and message.discarded.HasField("id"):
             self.protector.withdrawn(id_of(message.discarded.id))
 

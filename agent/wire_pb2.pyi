@@ -115,18 +115,20 @@ class Domain(_message.Message):
     def __init__(self, level: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
 
 class Roster(_message.Message):
-    __slots__ = ("run", "protect", "timeout_s", "peers", "floor")
+    __slots__ = ("run", "protect", "timeout_s", "peers", "floor", "kept")
     RUN_FIELD_NUMBER: _ClassVar[int]
     PROTECT_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     PEERS_FIELD_NUMBER: _ClassVar[int]
     FLOOR_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
     run: str
     protect: str
     timeout_s: float
     peers: _containers.RepeatedCompositeFieldContainer[Peer]
     floor: Id
-    def __init__(self, run: _Optional[str] = ..., protect: _Optional[str] = ..., timeout_s: _Optional[float] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., floor: _Optional[_Union[Id, _Mapping]] = ...) -> None: ...
+    kept: _containers.RepeatedCompositeFieldContainer[ParitySource]
+    def __init__(self, run: _Optional[str] = ..., protect: _Optional[str] = ..., timeout_s: _Optional[float] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., floor: _Optional[_Union[Id, _Mapping]] = ..., kept: _Optional[_Iterable[_Union[ParitySource, _Mapping]]] = ...) -> None: ...
 
 class Peer(_message.Message):
     __slots__ = ("agent", "address", "domains", "ranks", "slots", "image_bytes", "table_bytes")
@@ -181,7 +183,7 @@ class LayoutText(_message.Message):
     def __init__(self, number: _Optional[int] = ..., text: _Optional[bytes] = ...) -> None: ...
 
 class Copied(_message.Message):
-    __slots__ = ("slot", "nonce", "run", "generation", "step", "watermark", "layout", "image_bytes", "keep")
+    __slots__ = ("slot", "nonce", "run", "generation", "step", "watermark", "layout", "image_bytes", "keep", "floor_stands")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     NONCE_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
@@ -191,6 +193,7 @@ class Copied(_message.Message):
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     KEEP_FIELD_NUMBER: _ClassVar[int]
+    FLOOR_STANDS_FIELD_NUMBER: _ClassVar[int]
     slot: int
     nonce: int
     run: str
@@ -200,7 +203,8 @@ class Copied(_message.Message):
     layout: int
     image_bytes: int
     keep: Id
-    def __init__(self, slot: _Optional[int] = ..., nonce: _Optional[int] = ..., run: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., watermark: _Optional[int] = ..., layout: _Optional[int] = ..., image_bytes: _Optional[int] = ..., keep: _Optional[_Union[Id, _Mapping]] = ...) -> None: ...
+    floor_stands: bool
+    def __init__(self, slot: _Optional[int] = ..., nonce: _Optional[int] = ..., run: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., watermark: _Optional[int] = ..., layout: _Optional[int] = ..., image_bytes: _Optional[int] = ..., keep: _Optional[_Union[Id, _Mapping]] = ..., floor_stands: bool = ...) -> None: ...
 
 class Discarded(_message.Message):
     __slots__ = ("slot", "nonce", "reason", "id")

@@ -17,7 +17,7 @@ import os
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -36,7 +36,7 @@ from ..snapshot.beat import NONE, Agreed
 from ..snapshot.capture import Binding, Capture, Copier, copier_for
 from ..snapshot.codec import encode
 from ..snapshot.record import SnapshotId, table_bytes_for
-from ..snapshot.recovery import plan
+from ..snapshot.recovery import HeldParity, plan, relied_on
 from ..snapshot.state import TrainingState, to_leaf
 from .binder import Binder
 from .holding import Holding
@@ -316,7 +316,7 @@ class Checkpointer:
             self._holding.welcome.agent,
             self._holding.materialise,
         ).newest(self._found)
-        self._found = None
+        found, self._found = self._found, None
         self._binder.forget()
         if chosen is not None:
             self._holding.refresh()
@@ -325,7 +325,7 @@ class Checkpointer:
             self._go_on_from(chosen, chosen)
             if not self._holding.alone:
                 restored_s = time.perf_counter()
-                self._protect_again(chosen)
+                self._protect_again(chosen, relied_on(found.images, found.parities, chosen))
                 self._stats.reprotect_s = time.perf_counter() - restored_s
         self._stats.restore_s = time.perf_counter() - began_s
         return chosen.step if chosen else None
@@ -472,17 +472,19 @@ class Checkpointer:
             )
         self._holding.fenced(flight.id)
 
-    def _protect_again(self, restored: SnapshotId) -> None:
+    def _protect_again(self, restored: SnapshotId, kept: Iterable[HeldParity]) -> None:
         """Nodes that came, and ranks that moved, have the restored snapshot protected before training goes on. Collective.
 
         If that cannot be, training goes on all the same: the state is right, and later snapshots are protected as soon as
-        all nodes can.
+        all nodes can. *kept* is what the job relies on meanwhile.
         """
-        self._assemble(restored)
+        self._assemble(restored, kept)
         try:
             self._wait_protected(Ticket(restored.step, None, restored), self._deadlines.protect)
         except HoldfastError as error:
             _log.warning("%s is restored, and not protected again: %s", restored, error)
+        else:
+            self._holding.floor_stands()
 
     def _wait_protected(self, ticket: Ticket, timeout_s: float) -> None:
         """Wait for all ranks; return only when all of them know. Collective, also for ranks that did not take it."""
@@ -567,12 +569,13 @@ class Checkpointer:
         self._assemble(None)
         return found
 
-    def _assemble(self, floor: SnapshotId | None) -> None:
-        """Tell every agent of all agents. *floor* is to be protected before training goes on. Collective."""
+    def _assemble(self, floor: SnapshotId | None, kept: Iterable[HeldParity] = ()) -> None:
+        """Tell every agent of all agents. *floor* is to be protected before training goes on; *kept* is parity that the job
+        relies on until then. Collective."""
         wait_s = self._deadlines.attach
         roster = gather_roster(
             self._ranks, self._holding.welcome, self._protect, wait_s,
-            run=self._run, floor=floor, timeout_s=self._deadlines.protect,
+            run=self._run, floor=floor, kept=kept, timeout_s=self._deadlines.protect,
         )  # fmt: skip
         together(self._ranks, "preparing the protection", wait_s, lambda: self._holding.protect(roster, wait_s))
 

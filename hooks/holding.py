@@ -83,6 +83,7 @@ class Holding:
         self._guarded: set[SnapshotId] = set()
         self._complete: SnapshotId | None = None  # the newest snapshot that is never given up
         self._roster: wire.FromTrainer | None = None
+        self._floor_stands = False
         self._rostered: wire.Rostered | None = None
         self._changed = threading.Condition(threading.RLock())
         self._states: list[SlotState] = []
@@ -163,6 +164,7 @@ class Holding:
             copied = wire.Copied(
                 slot=index, nonce=flight.nonce, run=id.run, generation=id.generation, step=id.step,
                 watermark=flight.watermark, layout=layout, image_bytes=image_bytes, keep=flight.keep,
+                floor_stands=self._floor_stands,
             )  # fmt: skip
             flight.copied = wire.FromTrainer(copied=copied)
             self._send(flight.copied)
@@ -265,6 +267,7 @@ class Holding:
         deadline_s = time.monotonic() + timeout_s
         with self._changed:
             self._roster, self._rostered = wire.FromTrainer(roster=roster), None
+            self._floor_stands = False
             self._guarded.clear()
             self._complete = id_of(roster.floor) if roster.HasField("floor") else None
             self._send(self._roster)
@@ -274,6 +277,10 @@ class Holding:
             if answer.error:
                 raise told(answer.error)
             self.alone = answer.alone
+
+    def floor_stands(self) -> None:
+        """The roster's floor is protected everywhere. The agent hears of it with the first image that may replace the floor."""
+        self._floor_stands = True
 
     def _answered(self) -> wire.Rostered | None:
         return self._rostered
@@ -443,9 +450,13 @@ class Holding:
             self._changed.notify_all()
 
     def _cannot_guard(self, id: SnapshotId, reason: str) -> None:
-        """Protection failed for good: give the snapshot up, so that its slot serves a newer one. Others learn by the beat."""
+        """Protection failed for good: give the snapshot up, so that its slot serves a newer one. Others learn by the beat.
+
+        An agent that has not heard of this run yet may mean one of the last run: that is for the restore to judge.
+        """
         with self._changed:
-            newer = self._complete is None or id > self._complete
+            ours = self._roster is not None and self._roster.roster.run == id.run
+            newer = ours and (self._complete is None or id > self._complete)
             if newer and id not in self._guarded and find(self._states, id) is not None:
                 _log.warning("%s is given up: %s", id, reason)
                 self.discard(id, reason)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from ..agent import wire_pb2 as wire
 from ..agent.client import wire_id
-from ..agent.inventory import held_images, held_parities
+from ..agent.inventory import held_images, held_parities, parity_source
 from ..crashpoints import reach
 from ..errors import Corrupt, LayoutMismatch, PeerFailed, RestoreDiverged, SnapshotLost
 from ..snapshot.arena import Slot
@@ -243,17 +243,7 @@ class Restorer:
                 for i in found.images
                 if i.id == id
             ],
-            parities=[
-                wire.ParitySource(
-                    parity=wire.Parity(
-                        id=wire_id(id), lane=p.lane, index=p.index, tolerance=p.tolerance, ranks=p.ranks, key=p.key
-                    ),
-                    agent=p.agent,
-                    address=found.addresses[p.agent],
-                )
-                for p in found.parities
-                if p.id == id
-            ],
+            parities=[parity_source(p, found.addresses[p.agent]) for p in found.parities if p.id == id],
         )
         reply = self._bring(request, self._timeout_s)
         _log.info("%s of rank %d: %s", id, rank, reply.how)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import ipaddress
 import json
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 from ..agent import wire_pb2 as wire
 from ..agent.client import wire_id
+from ..agent.inventory import parity_source
 from ..snapshot.record import SnapshotId
+from ..snapshot.recovery import HeldParity
 from .ranks import Ranks
 
 _log = logging.getLogger(__name__)
@@ -23,6 +26,7 @@ def gather_roster(
     *,
     run: str,
     floor: SnapshotId | None,
+    kept: Iterable[HeldParity],
     timeout_s: float,
 ) -> wire.Roster:
     """The same roster on every rank. Collective."""
@@ -42,6 +46,7 @@ def gather_roster(
         timeout_s=timeout_s,
         peers=_peers(told),
         floor=wire_id(floor) if floor is not None else None,
+        kept=[parity_source(parity) for parity in kept],
     )
 
 

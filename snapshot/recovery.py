@@ -5,7 +5,7 @@ The plan explains itself: for every image, where it comes from; for every newer 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from .beat import NONE
@@ -258,6 +258,57 @@ def known_complete(images: dict[SnapshotId, list[Held]]) -> set[SnapshotId]:
         ):
             known.add(id)
     return known
+
+
+def relied_on(held: Iterable[Held], parities: Iterable[HeldParity], newest: SnapshotId) -> tuple[HeldParity, ...]:
+    """The parity by which a snapshot stands that may have been reported as protected: the newest one not newer than *newest*.
+
+    A job that goes back to *newest* still relies on it until that is protected anew: perhaps *newest* never was, or its
+    groups are others now. At most one parity for each agent and lane, and of each group those that go with the images on
+    their own nodes.
+    """
+    images = list(held)
+    known = {image.id for image in images if image.complete}
+    known |= {SnapshotId(i.id.generation, i.watermark, i.id.run) for i in images if i.watermark != NONE}
+    id = max((id for id in known if id <= newest), default=None)
+    beside = {(image.agent, image.rank) for image in images if image.id == id}
+    groups: dict[tuple[int, int], list[HeldParity]] = {}
+    for parity in parities:
+        if parity.id == id:
+            groups.setdefault((parity.key, parity.lane), []).append(parity)
+    found: dict[tuple[str, int], HeldParity] = {}
+    placed = [_in_place(groups[name], beside) for name in sorted(groups)]
+    for group in sorted(placed, key=lambda group: len(group[0].ranks) - len(group) if group else 0):
+        for parity in group:
+            found.setdefault((parity.agent, parity.lane), parity)
+    return tuple(found.values())
+
+
+def _in_place(mates: Sequence[HeldParity], beside: Collection[tuple[str, int]]) -> list[HeldParity]:
+    """Of one group's parity, as much as there is of different members on different agents, each beside its member's image.
+
+    After ranks have moved, an agent may hold parity of two members.
+    """
+    by_member: dict[int, list[HeldParity]] = {}
+    for parity in sorted(mates, key=lambda parity: (parity.index, parity.agent)):
+        rank = parity.ranks[parity.index]
+        if rank == -1 or (parity.agent, rank) in beside:
+            by_member.setdefault(parity.index, []).append(parity)
+    taken: dict[str, HeldParity] = {}
+
+    def place(member: int, tried: set[str]) -> bool:
+        for parity in by_member[member]:
+            if parity.agent not in tried:
+                tried.add(parity.agent)
+                other = taken.get(parity.agent)
+                if other is None or place(other.index, tried):
+                    taken[parity.agent] = parity
+                    return True
+        return False
+
+    for member in by_member:
+        place(member, set())
+    return [taken[agent] for agent in sorted(taken)]
 
 
 def _loss(rejected: Sequence[Rejected], known: set[SnapshotId]) -> str | None:
