@@ -36,7 +36,7 @@ from ..snapshot.beat import NONE, Agreed
 from ..snapshot.capture import Binding, Capture, Copier, copier_for
 from ..snapshot.codec import encode
 from ..snapshot.record import SnapshotId, table_bytes_for
-from ..snapshot.recovery import HeldParity, plan, relied_on
+from ..snapshot.recovery import HeldParity, plan, relied_on, said_complete
 from ..snapshot.state import TrainingState, to_leaf
 from .binder import Binder
 from .holding import Holding
@@ -323,6 +323,9 @@ class Checkpointer:
             for id in self._holding.discard_newer(chosen):
                 _log.info("discarded %s: the job went back to %s", id, chosen)
             self._go_on_from(chosen, chosen)
+            if chosen in said_complete(found.images):
+                # Before anything older may go: those who know of it may be lost.
+                self._holding.mark_complete(chosen)
             if not self._holding.alone:
                 restored_s = time.perf_counter()
                 self._protect_again(chosen, relied_on(found.images, found.parities, chosen))

@@ -248,16 +248,20 @@ def _shortage(rank: int, there: frozenset[int], parities: Sequence[HeldParity]) 
 def known_complete(images: dict[SnapshotId, list[Held]]) -> set[SnapshotId]:
     """Snapshots that were complete on all ranks once: those whose images are all here or say so, and watermarks in
     records."""
-    known: set[SnapshotId] = set()
+    known = said_complete(image for copies in images.values() for image in copies)
     for id, copies in images.items():
-        known.update(SnapshotId(id.generation, c.watermark, id.run) for c in copies if c.watermark != NONE)
-        if any(c.complete for c in copies):
-            known.add(id)
         if any(
             {c.rank for c in copies if c.world == world} == set(range(world)) for world in {c.world for c in copies}
         ):
             known.add(id)
     return known
+
+
+def said_complete(held: Iterable[Held]) -> set[SnapshotId]:
+    """Snapshots of which some trainer knew that they were complete on all ranks, and protected if there are groups."""
+    images = list(held)
+    said = {image.id for image in images if image.complete}
+    return said | {SnapshotId(i.id.generation, i.watermark, i.id.run) for i in images if i.watermark != NONE}
 
 
 def relied_on(held: Iterable[Held], parities: Iterable[HeldParity], newest: SnapshotId) -> tuple[HeldParity, ...]:
@@ -268,9 +272,7 @@ def relied_on(held: Iterable[Held], parities: Iterable[HeldParity], newest: Snap
     their own nodes.
     """
     images = list(held)
-    known = {image.id for image in images if image.complete}
-    known |= {SnapshotId(i.id.generation, i.watermark, i.id.run) for i in images if i.watermark != NONE}
-    id = max((id for id in known if id <= newest), default=None)
+    id = max((id for id in said_complete(images) if id <= newest), default=None)
     beside = {(image.agent, image.rank) for image in images if image.id == id}
     groups: dict[tuple[int, int], list[HeldParity]] = {}
     for parity in parities:
