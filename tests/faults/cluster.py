@@ -21,7 +21,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
 from faults.job import DEADLINE_S, Spec, _read, _server, train, train_reference
+from faults.link import Link
 from holdfast.agent import wire_pb2 as wire
 from holdfast.agent.client import AgentClient
 from holdfast.agent.settings import NodeSettings
@@ -31,15 +33,51 @@ from holdfast.snapshot.record import Record
 _ENDLESS = 1_000_000  # steps of a life that ends by being killed
 
 
+@dataclass(frozen=True, slots=True)
+class _Spec(Spec):
+    """*listen*: where other agents find this rank's agent, if not where it says."""
+
+    listen: str = ""
+
+
+def _train(spec: _Spec, rank: int) -> None:
+    """One life of one rank on one of several nodes; the entry of its process."""
+    if spec.listen:
+        _announce(spec.listen)
+    train(spec, rank)
+
+
+def _announce(listen: str) -> None:
+    """Have this process tell the others another address of its agent."""
+    from holdfast.hooks import checkpointer, holding
+
+    gather, inventory = checkpointer.gather_roster, holding.Holding.inventory  # type: ignore[attr-defined]
+
+    def gather_roster(ranks: Any, welcome: wire.Welcome, *args: Any, **options: Any) -> wire.Roster:
+        told = wire.Welcome()
+        told.CopyFrom(welcome)
+        told.listen = listen
+        return gather(ranks, told, *args, **options)
+
+    def inventory_of(self: holding.Holding, timeout_s: float) -> wire.ImageList:
+        reply = inventory(self, timeout_s)
+        reply.address = listen
+        return reply
+
+    checkpointer.gather_roster = gather_roster  # type: ignore[attr-defined]
+    holding.Holding.inventory = inventory_of  # type: ignore[method-assign]
+
+
 @dataclass(slots=True)
 class Node:
-    """One node: the *generation* counts who has taken its place."""
+    """One node: the *generation* counts who has taken its place. *link*: the wire to its agent, if that is to be cut."""
 
     index: int
     generation: int
     shm: Path
     agent: subprocess.Popen[str]
     listen: str = ""
+    link: Link | None = None
 
     @property
     def name(self) -> str:
@@ -55,6 +93,7 @@ class Cluster:
         protect: as in ``Checkpointer``.
         protect_s: the deadline for it.
         step_s: how long the device is at work in each step.
+        options: further options of agents, by node.
     """
 
     folder: Path
@@ -64,6 +103,7 @@ class Cluster:
     world: int = 0
     step_s: float = 0.02
     protect_s: float = DEADLINE_S
+    options: dict[int, Sequence[str]] = field(default_factory=dict)
     lives: int = 0
     kills: int = 0
     losses: int = 0
@@ -83,14 +123,14 @@ class Cluster:
 
     # -- nodes -------------------------------------------------------------------------------------------------------
 
-    def begin(self, crash: Mapping[int, str] | None = None, options: Mapping[int, Sequence[str]] | None = None) -> None:
-        """Start an agent on every node that has none. *crash* and *options*: by node."""
+    def begin(self, crash: Mapping[int, str] | None = None) -> None:
+        """Start an agent on every node that has none. *crash*: by node, where it dies."""
         self.shm.mkdir(mode=0o700, exist_ok=True)
         missing = [index for index in range(self.nodes) if index not in self.there]
         for index in missing:
             self._generations += 1
             shm = self.shm / f"{index}-{self._generations}"
-            self._start(index, self._generations, shm, (crash or {}).get(index, ""), (options or {}).get(index, ()))
+            self._start(index, self._generations, shm, (crash or {}).get(index, ""))
         for index in missing:
             self._await_ready(self.there[index])
 
@@ -101,14 +141,23 @@ class Cluster:
         if not with_memory:
             for path in [*node.shm.glob("rank-*"), *node.shm.glob("lane-*")]:
                 path.unlink()
-        self._start(index, node.generation, node.shm, "", ())
+        self._start(index, node.generation, node.shm, "")
         self._await_ready(self.there[index])
 
-    def _start(self, index: int, generation: int, shm: Path, crash: str, options: Sequence[str]) -> None:
+    def link(self, index: int) -> Link:
+        """Put a wire before the agent of a node, from the next life on."""
+        node = self.there[index]
+        host, _, port = node.listen.rpartition(":")
+        found = psutil.Process(node.agent.pid).net_connections("tcp")
+        (bulk,) = {c.laddr.port for c in found if c.status == psutil.CONN_LISTEN} - {int(port)}
+        node.link = Link(host.replace("127.0.", "127.1."), host, [int(port), bulk], bulk)
+        return node.link
+
+    def _start(self, index: int, generation: int, shm: Path, crash: str) -> None:
         host = f"127.0.{generation // 200 + 1}.{generation % 200 + 1}"
         command = [
             "agent", "--job", self.job, "--shm", str(shm), "--name", f"n{index}g{generation}", "--domain", f"host=h{index}",
-            "--listen", f"{host}:0", "--idle-exit", "never", *options,
+            "--listen", f"{host}:0", "--idle-exit", "never", *self.options.get(index, ()),
         ]  # fmt: skip
         with (self.folder / f"agent{index}.err").open("a") as log:
             agent = subprocess.Popen(
@@ -159,6 +208,8 @@ class Cluster:
         node.agent.wait(DEADLINE_S)
         assert node.agent.stdout is not None
         node.agent.stdout.close()
+        if node.link is not None:
+            node.link.close()
         self.kills += 1
 
     # -- lives -------------------------------------------------------------------------------------------------------
@@ -170,15 +221,16 @@ class Cluster:
         self.lives += 1
         self.placement = tuple(placement or self.placement)
         specs = [self._spec(rank, steps, (crash or {}).get(rank, "")) for rank in range(self.world)]
-        self.ranks = [_server.Process(target=train, args=(spec, rank), daemon=True) for rank, spec in enumerate(specs)]
+        self.ranks = [_server.Process(target=_train, args=(spec, rank), daemon=True) for rank, spec in enumerate(specs)]
         for process in self.ranks:
             process.start()
 
-    def _spec(self, rank: int, steps: int, crash: str = "") -> Spec:
-        shm = self.there[self.placement[rank]].shm
-        return Spec(
-            str(self.folder), str(shm), self.job, self.world, steps, self.strategy, self.lives, self.step_s, crash,
-            self.protect, self.protect_s, f"{shm}/agent.sock",
+    def _spec(self, rank: int, steps: int, crash: str = "") -> _Spec:
+        node = self.there[self.placement[rank]]
+        listen = f"{node.link.host}:{node.listen.rpartition(':')[2]}" if node.link else ""
+        return _Spec(
+            str(self.folder), str(node.shm), self.job, self.world, steps, self.strategy, self.lives, self.step_s, crash,
+            self.protect, self.protect_s, f"{node.shm}/agent.sock", listen,
         )  # fmt: skip
 
     def ranks_on(self, index: int) -> list[int]:

@@ -6,13 +6,16 @@ import itertools
 import os
 import random
 import re
+import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from faults.cluster import Cluster
+from holdfast.ops import certs
 
 AGENT_PLACES = [
     "bulk.first-block=1",
@@ -73,7 +76,8 @@ def _lose_each(cluster: Cluster, patterns: list[tuple[int, ...]], rng: random.Ra
     """One cluster loses one set of nodes after the other, each as soon as it has a protected snapshot of its own."""
     cluster.begin()
     for pattern in rng.sample(patterns, len(patterns)):
-        cluster.start(rng.sample(range(cluster.nodes), cluster.nodes))
+        moved = rng.sample(range(cluster.nodes), cluster.nodes)
+        cluster.start([moved[node] for node in cluster.placement])
         cluster.await_protected()
         _anywhere_in_a_step(cluster, rng)
         cluster.lose(*pattern)
@@ -312,3 +316,199 @@ def test_flipped_bits_in_parity_are_an_erasure(make_cluster: MakeCluster, rng: r
     cluster.finish()
     assert cluster.judge()[-1] == newest
     assert sum(cluster.status(index).group.damaged for index in range(4)) > 0
+
+
+def test_bits_flipped_on_the_wire_are_refused_and_sent_again(make_cluster: MakeCluster, rng: random.Random) -> None:
+    """Blocks for parity while training goes on, then blocks of a lost image."""
+    cluster = make_cluster(3, "2+1")
+    cluster.begin()
+    links = [cluster.link(index) for index in range(3)]
+    cluster.start()
+    cluster.await_protected()
+    for count in range(1, 7):  # one at a time: what is damaged twice counts as damaged where it comes from
+        rng.choice(links).flip()
+        cluster.until("refusal", lambda: _damaged(cluster) == count)  # noqa: B023 - called at once
+    cluster.await_protected(len(_protected(cluster)) + 1)
+    gone = rng.randrange(3)
+    cluster.lose(gone)
+    cluster.replace(gone)
+    del links[gone]
+    before, flipped = _damaged(cluster), sum(link.flipped for link in links)
+    for link in links:
+        link.flip()
+    cluster.start()
+    cluster.await_protected()
+    assert sum(link.flipped for link in links) == flipped + 2
+    assert _damaged(cluster) == before + 2
+    cluster.finish()
+    assert min(cluster.judge()[1:]) > 0
+
+
+def _damaged(cluster: Cluster) -> int:
+    return sum(cluster.status(index).group.damaged for index in cluster.there)
+
+
+def _protected(cluster: Cluster) -> set[int]:
+    return {entry["watermark"] for entry in cluster.this_life() if entry.get("watermark")}
+
+
+# -- links and agents ----------------------------------------------------------------------------------------------------
+
+
+def _unprotected_then_protected(cluster: Cluster, cause: Callable[[], None], remedy: Callable[[], None]) -> None:
+    """Between *cause* and *remedy* training goes on, and snapshots are skipped or given up; then they are protected again."""
+    cause()
+    began = [len(cluster.log(rank)) for rank in range(cluster.world)]
+    cluster.until("60 steps", lambda: all(len(cluster.log(r)) > began[r] + 60 for r in range(cluster.world)))
+    before, after = cluster.log()[began[0] - 1], cluster.log()[-1]
+    assert after["watermark"] <= before["watermark"] + 4  # what was on its way then, and not a snapshot more
+    assert sum(after["skipped"].values()) >= sum(before["skipped"].values()) + 50
+    remedy()
+    cluster.until("protection", lambda: cluster.log()[-1]["watermark"] > after["step"])
+
+
+def _skipped(cluster: Cluster, reason: str) -> int:
+    newest = [entry for rank in range(cluster.world) for entry in cluster.log(rank)[-1:]]
+    return sum(entry.get("skipped", {}).get(reason, 0) for entry in newest)
+
+
+def test_a_cut_link_costs_protection_not_training(make_cluster: MakeCluster, rng: random.Random) -> None:
+    cluster = make_cluster(3, "2+1", protect_s=1.0)
+    cluster.begin()
+    far = rng.randrange(3)
+    link = cluster.link(far)
+    cluster.start()
+    cluster.await_protected(2)
+    _unprotected_then_protected(cluster, link.cut, link.heal)
+    gone = rng.randrange(3)
+    cluster.lose(gone)
+    cluster.replace(gone)
+    cluster.finish()
+    assert min(cluster.judge()[1:]) > 0
+
+
+def test_what_is_lost_while_a_link_is_cut(make_cluster: MakeCluster, rng: random.Random) -> None:
+    """The last snapshot that was protected before comes back, whatever node is lost meanwhile."""
+    cluster = make_cluster(3, "2+1", protect_s=1.0)
+    cluster.begin()
+    link = cluster.link(rng.randrange(3))
+    cluster.start()
+    cluster.await_protected(2)
+    link.cut()
+    cluster.until("snapshots given up", lambda: _skipped(cluster, "unprotected") > 0)
+    gone = rng.randrange(3)
+    cluster.lose(gone)
+    link.heal()
+    cluster.replace(gone)
+    cluster.finish()
+    assert cluster.judge()[-1] > 0
+
+
+def test_a_stopped_agent_costs_protection_not_training(make_cluster: MakeCluster, rng: random.Random) -> None:
+    cluster = make_cluster(3, "2+1", protect_s=1.0)
+    cluster.begin()
+    cluster.start()
+    cluster.await_protected(2)
+    stopped = rng.randrange(3)
+    _unprotected_then_protected(
+        cluster,
+        lambda: cluster.signal_agent(stopped, signal.SIGSTOP),
+        lambda: cluster.signal_agent(stopped, signal.SIGCONT),
+    )
+    cluster.finish()
+    assert min(cluster.judge()[1:]) > 0
+
+
+@pytest.mark.parametrize("with_memory", [True, False])
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+def test_an_agent_is_started_again_while_training_goes_on(
+    make_cluster: MakeCluster, rng: random.Random, strategy: str, with_memory: bool
+) -> None:
+    """One life: later snapshots are protected, also by what came back empty."""
+    cluster = make_cluster(3, "2+1", strategy, protect_s=5.0)
+    cluster.begin()
+    cluster.start()
+    for index in rng.sample(range(3), 3):
+        cluster.await_protected(len(_protected(cluster)) + 2)
+        _anywhere_in_a_step(cluster, rng)
+        cluster.restart_agent(index, with_memory=with_memory)
+    cluster.await_protected(len(_protected(cluster)) + 3)
+    gone = rng.randrange(3)
+    cluster.lose(gone)
+    cluster.replace(gone)
+    cluster.finish()
+    assert cluster.judge()[-1] > 0
+
+
+# -- ranks and nodes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+def test_ranks_are_doubled_up_on_fewer_nodes(make_cluster: MakeCluster, rng: random.Random, strategy: str) -> None:
+    """Nobody replaces the lost: their ranks run beside others, and are protected there; then nodes come back."""
+    cluster = make_cluster(4, "2+2", strategy)
+    cluster.begin()
+    cluster.start()
+    cluster.await_protected()
+    first, second = rng.sample(range(4), 2)
+    cluster.lose(first)
+    cluster.end_ranks()
+    left = sorted({0, 1, 2, 3} - {first})
+    cluster.start([node if node != first else rng.choice(left) for node in range(4)])
+    cluster.await_protected()
+    cluster.lose(second)
+    cluster.end_ranks()
+    left = sorted({0, 1, 2, 3} - {first, second})
+    cluster.start([left[0], left[1], left[1], left[0]] if second != first else None)
+    cluster.await_protected()
+    cluster.lose(left[0])
+    cluster.replace()
+    cluster.start(range(4))
+    cluster.await_protected()
+    cluster.finish()
+    assert min(cluster.judge()[1:]) > 0
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+def test_several_ranks_per_node(make_cluster: MakeCluster, rng: random.Random, strategy: str) -> None:
+    """Unevenly, too: lanes in which some nodes have no rank."""
+    cluster = make_cluster(3, "2+1", strategy, world=5)
+    _lose_each(cluster, [(0,), (1,), (2,)], rng)
+
+
+# -- certificates --------------------------------------------------------------------------------------------------------
+
+
+def _certified(folder: Path, nodes: int) -> dict[int, Sequence[str]]:
+    """Options of agents with certificates of one new CA."""
+    made = certs.make(folder, [certs.Node(f"n{index}") for index in range(nodes)], datetime.now(UTC))
+    return {index: one.options for index, one in enumerate(made[1:])}
+
+
+def test_nodes_protect_each_other_over_tls(make_cluster: MakeCluster, rng: random.Random, tmp_path: Path) -> None:
+    cluster = make_cluster(3, "2+1", options=_certified(tmp_path / "ca", 3))
+    _lose_each(cluster, [(0,), (1,), (2,)], rng)
+
+
+@pytest.mark.parametrize("strange", ["of another CA", "without a certificate"])
+def test_a_node_that_is_not_trusted_protects_nothing(
+    make_cluster: MakeCluster, rng: random.Random, tmp_path: Path, strange: str
+) -> None:
+    """It is refused, and that is said; training goes on unprotected. With the right certificate, all is well."""
+    good, other = _certified(tmp_path / "ca", 3), _certified(tmp_path / "other", 3)
+    node = rng.randrange(3)
+    options = {**good, node: other[node] if strange == "of another CA" else ()}
+    cluster = make_cluster(3, "2+1", options=options, protect_s=1.0)
+    cluster.begin()
+    cluster.start()
+    cluster.until("snapshots given up", lambda: _skipped(cluster, "unprotected") > 0)
+    assert cluster.log()[-1]["watermark"] == 0
+    members = [m.reachable for m in cluster.status((node + 1) % 3).group.members]
+    assert members == [index != node for index in range(3)]
+    cluster.options[node] = good[node]
+    cluster.restart_agent(node)
+    cluster.await_protected(2)
+    cluster.lose((node + 1) % 3)
+    cluster.replace((node + 1) % 3)
+    cluster.finish()
+    assert cluster.judge()[-1] > 0
