@@ -336,28 +336,33 @@ class Guard:
             return []
         actions: list[Action] = []
         for id in sorted(self._wanted):
-            if not self._mine_recorded(id):
+            wanted = self._wanted[id]
+            if wanted.guarded or not self._mine_recorded(id):
                 continue
-            for lane in range(len(self._lanes)):
-                actions += self._begin_lane(lane, id, now_s)
-            if not self._wanted[id].guarded and all(self._holds(lane, id) for lane in range(len(self._lanes))):
-                self._wanted[id] = _Wanted(self._wanted[id].since_s, guarded=True)
+            held = [self._begin_lane(lane, id, now_s, actions) for lane in range(len(self._lanes))]
+            if all(held):
+                wanted.guarded = True
                 actions.append(TellGuarded(id))
         return actions
 
-    def _begin_lane(self, lane: int, id: SnapshotId, now_s: float) -> list[Action]:
+    def _begin_lane(self, lane: int, id: SnapshotId, now_s: float, actions: list[Action]) -> bool:
+        """Whether the lane's parity of *id* is held; if not, and it can be filled now, *actions* has one more."""
         place = self._lanes[lane]
         offers = self._complete(lane, id)
-        if place.job is not None or offers is None or self._holds(lane, id) or not place.may_try(id, now_s):
-            return []
-        cell = self._overwritable(lane, id)
-        if cell is None:
-            return []
-        self._attempts += 1
+        if offers is None:
+            return False
         key = key_of(offers, self._tolerance)
-        place.job = _Job(id, cell, self._attempts)
-        place.cells[cell] = Cell(Stage.FILLING, id, key)
-        return [Accumulate(lane, cell, id, key, self._attempts, offers)]
+        if Cell(Stage.HELD, id, key) in place.cells:
+            return True
+        if place.job is not None or not place.may_try(id, now_s):
+            return False
+        cell = self._overwritable(lane, id)
+        if cell is not None:
+            self._attempts += 1
+            place.job = _Job(id, cell, self._attempts)
+            place.cells[cell] = Cell(Stage.FILLING, id, key)
+            actions.append(Accumulate(lane, cell, id, key, self._attempts, offers))
+        return False
 
     def _overwritable(self, lane: int, id: SnapshotId) -> int | None:
         """The cell to fill with *id*: a free one, else the oldest that may go, those first that nobody wants."""
@@ -402,11 +407,6 @@ class Guard:
         table = self.table
         assert table is not None
         return all((table.me, lane, id) in self._offers for lane in range(len(table.ranks[table.me])))
-
-    def _holds(self, lane: int, id: SnapshotId) -> bool:
-        """Whether the lane's parity of *id* is held, of the very images that are offered now."""
-        key = self._key(lane, id)
-        return key is not None and Cell(Stage.HELD, id, key) in self._lanes[lane].cells
 
     def _key(self, lane: int, id: SnapshotId) -> int | None:
         """What names the lane's parity of *id*; None while an image is not known of."""
