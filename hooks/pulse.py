@@ -146,7 +146,7 @@ class Pulse:
             first_taken=newest,
             last_taken=newest,
             complete=complete_here(self.agreed, frozenset(step for step, sealed in standing.held.items() if sealed)),
-            discarded=max(owed, default=NONE),
+            discarded=min(owed, default=NONE),
             able=standing.able,
             relayout=standing.relayout,
             busy_us=standing.busy_us,

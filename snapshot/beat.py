@@ -23,7 +23,8 @@ class Facts:
         first_beat, last_beat: ordinal of the beat; reduced, the range over all ranks. Equal unless ranks are out of step.
         first_taken, last_taken: the newest step agreed to be taken; ranks that name their steps differently differ here.
         complete: the newest agreed step such that it and all older outstanding ones are complete here, or ``NONE``.
-        discarded: a step taken before that this rank had to give up, or ``NONE``.
+        discarded: the oldest step taken before that this rank had to give up, or ``NONE``. The oldest, as there may be
+            another one each beat, and then none but the newest would ever be heard of.
         able: no objection to a snapshot at this step.
         relayout: the structure of this rank's state changed, so a new layout is needed.
         stop: a preemption notice arrived here.
@@ -53,7 +54,7 @@ class Facts:
             self.first_taken,
             -self.last_taken,
             self.complete,
-            -self.discarded,
+            self.discarded if self.discarded != NONE else UNKNOWN,
             int(self.able),
             -int(self.relayout),
             -int(self.stop),
@@ -67,8 +68,8 @@ class Facts:
         """Inverse of ``to_vector``."""
         first, last, taken, last_taken, complete, discarded, able, relayout, stop, busy, low, high = vector
         return cls(
-            first, -last, taken, -last_taken, complete, -discarded, bool(able), bool(relayout), bool(stop), -busy,
-            low, -high if high != UNKNOWN else UNKNOWN,
+            first, -last, taken, -last_taken, complete, discarded if discarded != UNKNOWN else NONE,
+            bool(able), bool(relayout), bool(stop), -busy, low, -high if high != UNKNOWN else UNKNOWN,
         )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ def test_vectors_round_trip() -> None:
         ({"busy_us": 7}, {"busy_us": 900}, {"busy_us": 900}),
         ({"complete": 4}, {"complete": NONE}, {"complete": NONE}),
         ({"discarded": 4}, {"discarded": NONE}, {"discarded": 4}),
-        ({"discarded": 4}, {"discarded": 6}, {"discarded": 6}),
+        ({"discarded": 4}, {"discarded": 6}, {"discarded": 4}),
         ({"first_beat": 5, "last_beat": 5}, {"first_beat": 8, "last_beat": 8}, {"first_beat": 5, "last_beat": 8}),
         ({"low_digest": 3, "high_digest": 3}, {"low_digest": 3, "high_digest": 3}, {"low_digest": 3, "high_digest": 3}),
         ({"low_digest": 3, "high_digest": 3}, {"low_digest": 9, "high_digest": 9}, {"low_digest": 3, "high_digest": 9}),
