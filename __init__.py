@@ -12,7 +12,8 @@ from ._version import __version__
 from .errors import HoldfastError
 
 if TYPE_CHECKING:
-    from .hooks.checkpointer import Checkpointer, Deadlines, Stats, Ticket
+    from .hooks.checkpointer import Checkpointer
+    from .hooks.contract import Deadlines, Stats, Ticket
 
 _LAZY = frozenset({"Checkpointer", "Deadlines", "Stats", "Ticket"})
 
@@ -20,9 +21,9 @@ _LAZY = frozenset({"Checkpointer", "Deadlines", "Stats", "Ticket"})
 def __getattr__(name: str) -> object:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .hooks import checkpointer
+    from .hooks import checkpointer, contract
 
-    return getattr(checkpointer, name)
+    return getattr(checkpointer if name == "Checkpointer" else contract, name)
 
 
 __all__ = ["Checkpointer", "Deadlines", "HoldfastError", "Stats", "Ticket", "__version__"]

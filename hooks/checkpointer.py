@@ -16,12 +16,11 @@ import operator
 import os
 import time
 import uuid
-from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Self
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -39,6 +38,7 @@ from ..snapshot.record import SnapshotId, table_bytes_for
 from ..snapshot.recovery import HeldParity, plan, relied_on, said_complete
 from ..snapshot.state import TrainingState, to_leaf
 from .binder import Binder
+from .contract import Deadlines, State, Stats, Ticket
 from .holding import Holding
 from .pulse import Pulse, Standing
 from .ranks import Ranks, join
@@ -52,59 +52,6 @@ _REPORT_EVERY_S: Final = 0.5
 _VALUES_ROOM: Final = 1.5  # values may grow to so many times their first size before a slot has to grow
 _GATHER_S: Final = 10.0  # for the other ranks to say that they waited in vain
 _LOG_AGAIN_S: Final = 30.0  # the same trouble is logged at most so often; all of it is counted
-
-State = Literal["sealed", "protected", "persisted"]
-
-
-@dataclass(frozen=True, slots=True)
-class Deadlines:
-    """How long each kind of wait may take, in seconds.
-
-    Attributes:
-        attach: at construction: starting the agent, reserving and prefaulting memory; all ranks arriving.
-        restore: each stage of a restore, for the slowest rank.
-        protect: for a snapshot to be protected; after that it is given up.
-        beat: at the end of a step, for the other ranks' beat; after that the snapshot is skipped.
-        fence: before an optimizer step, for the copies; after that the snapshot is discarded.
-        close: at the end, for the last snapshot to be sealed.
-    """
-
-    attach: float = 120.0
-    restore: float = 600.0
-    protect: float = 60.0
-    beat: float = 1.0
-    fence: float = 60.0
-    close: float = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class Ticket:
-    """One asked-for snapshot. ``skipped`` is the reason if it was not taken, else None."""
-
-    step: int
-    skipped: str | None = None
-    id: SnapshotId | None = None
-
-
-@dataclass(slots=True)
-class Stats:
-    """What happened so far. Times in seconds.
-
-    Attributes:
-        taken: snapshots begun.
-        skipped: how often no snapshot was taken or kept, by reason.
-        stall_s: training-thread time in our calls, per step; the newest 10,000.
-        copy_s: duration of the last lazy copy.
-        restore_s: duration of the last restore, None if there was none.
-        reprotect_s: how much of it went into protecting the restored snapshot again; None if there is nobody to do so.
-    """
-
-    taken: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
-    stall_s: deque[float] = field(default_factory=lambda: deque(maxlen=10_000))
-    copy_s: float = 0.0
-    restore_s: float | None = None
-    reprotect_s: float | None = None
 
 
 @dataclass(slots=True)
