@@ -35,7 +35,7 @@ from ..snapshot.beat import NONE, Agreed
 from ..snapshot.capture import Binding, Capture, Copier, copier_for
 from ..snapshot.codec import encode
 from ..snapshot.record import SnapshotId, table_bytes_for
-from ..snapshot.recovery import HeldParity, plan, relied_on, said_complete
+from ..snapshot.recovery import HeldParity, Relied, plan, relied_on
 from ..snapshot.state import TrainingState, to_leaf
 from .binder import Binder
 from .contract import Deadlines, State, Stats, Ticket
@@ -270,12 +270,13 @@ class Checkpointer:
             for id in self._holding.discard_newer(chosen):
                 _log.info("discarded %s: the job went back to %s", id, chosen)
             self._go_on_from(chosen, chosen)
-            if chosen in said_complete(found.images):
+            relied = relied_on(found.images, found.parities, chosen)
+            if relied.id == chosen:
                 # Before anything older may go: those who know of it may be lost.
                 self._holding.mark_complete(chosen)
             if not self._holding.alone:
                 restored_s = time.perf_counter()
-                self._protect_again(chosen, relied_on(found.images, found.parities, chosen))
+                self._protect_again(chosen, relied)
                 self._stats.reprotect_s = time.perf_counter() - restored_s
         self._stats.restore_s = time.perf_counter() - began_s
         return chosen.step if chosen else None
@@ -422,17 +423,20 @@ class Checkpointer:
             )
         self._holding.fenced(flight.id)
 
-    def _protect_again(self, restored: SnapshotId, kept: Iterable[HeldParity]) -> None:
+    def _protect_again(self, restored: SnapshotId, relied: Relied) -> None:
         """Nodes that came, and ranks that moved, have the restored snapshot protected before training goes on. Collective.
 
         If that cannot be, training goes on all the same: the state is right, and later snapshots are protected as soon as
-        all nodes can. *kept* is what the job relies on meanwhile.
+        all nodes can. What the job relies on meanwhile stays where it is.
         """
-        self._assemble(restored, kept)
+        self._assemble(restored, relied.parities)
         try:
             self._wait_protected(Ticket(restored.step, None, restored), self._deadlines.protect)
         except HoldfastError as error:
             _log.warning("%s is restored, and not protected again: %s", restored, error)
+            if relied.id not in (None, restored):
+                self._floor = relied.id
+                self._holding.discard(restored, f"it cannot be protected, and {relied.id} is")
         else:
             self._holding.floor_stands()
 

@@ -264,12 +264,23 @@ def said_complete(held: Iterable[Held]) -> set[SnapshotId]:
     return said | {SnapshotId(i.id.generation, i.watermark, i.id.run) for i in images if i.watermark != NONE}
 
 
-def relied_on(held: Iterable[Held], parities: Iterable[HeldParity], newest: SnapshotId) -> tuple[HeldParity, ...]:
-    """The parity by which a snapshot stands that may have been reported as protected: the newest one not newer than *newest*.
+@dataclass(frozen=True, slots=True)
+class Relied:
+    """What a job that goes back to some snapshot must not lose before that one is protected anew.
 
-    A job that goes back to *newest* still relies on it until that is protected anew: perhaps *newest* never was, or its
-    groups are others now. At most one parity for each agent and lane, and of each group those that go with the images on
-    their own nodes.
+    Attributes:
+        id: the newest snapshot that may have been reported as protected; None if there is none.
+        parities: by which it stands; at most one for each agent and lane.
+    """
+
+    id: SnapshotId | None
+    parities: tuple[HeldParity, ...]
+
+
+def relied_on(held: Iterable[Held], parities: Iterable[HeldParity], newest: SnapshotId) -> Relied:
+    """What a job that goes back to *newest* relies on: perhaps an older one, and even if not, its groups may be others now.
+
+    Of each group it is those parities that go with the images on their own nodes.
     """
     images = list(held)
     id = max((id for id in said_complete(images) if id <= newest), default=None)
@@ -283,7 +294,7 @@ def relied_on(held: Iterable[Held], parities: Iterable[HeldParity], newest: Snap
     for group in sorted(placed, key=lambda group: len(group[0].ranks) - len(group) if group else 0):
         for parity in group:
             found.setdefault((parity.agent, parity.lane), parity)
-    return tuple(found.values())
+    return Relied(id, tuple(found.values()))
 
 
 def _in_place(mates: Sequence[HeldParity], beside: Collection[tuple[str, int]]) -> list[HeldParity]:
