@@ -11,6 +11,7 @@ import contextlib
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -336,6 +337,14 @@ class Cluster:
             with contextlib.suppress(Corrupt):
                 found[path] = Record.from_bytes(path.read_bytes()[:255])[0]
         return found
+
+    def complete(self, index: int) -> set[int]:
+        """The steps of which the node knows that all ranks had them, and of which it has parity."""
+        known = set()
+        for path, record in self.held(index).items():
+            word, complete = struct.unpack_from("<QQ", path.read_bytes(), 4096)
+            known |= {record.id.step} if word == complete == record.nonce else set()
+        return known & {record.id.step for record in self.held(index, "lane").values()}
 
     def flip(self, index: int, step: int, where: str, kind: str = "rank") -> int:
         """Flip a bit of the node's own images (or parity) of *step*, behind everybody's back; returns of how many."""

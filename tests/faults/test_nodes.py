@@ -100,10 +100,12 @@ def test_any_node_is_lost(make_cluster: MakeCluster, rng: random.Random, nodes: 
 def test_any_two_nodes_are_lost_at_once(
     make_cluster: MakeCluster, rng: random.Random, nodes: int, strategy: str
 ) -> None:
-    """Of 8 nodes, pairs at every distance in the group, as 36 sets take minutes; all with HOLDFAST_THOROUGH."""
+    """Of 6 and 8 nodes only pairs at every distance in the group: all sets take minutes, and are for HOLDFAST_THOROUGH. (How
+    each is rebuilt is tested with agents alone, in tests/agent/test_rebuild.py.)
+    """
     cluster = make_cluster(nodes, f"{nodes - 2}+2", strategy)
     patterns = [p for count in (1, 2) for p in itertools.combinations(range(nodes), count)]
-    if nodes == 8 and not os.environ.get("HOLDFAST_THOROUGH"):
+    if nodes > 3 and not os.environ.get("HOLDFAST_THOROUGH"):
         first = rng.randrange(nodes)
         patterns = [(first, (first + distance) % nodes) for distance in range(1, nodes)]
     _lose_each(cluster, patterns, rng)
@@ -140,11 +142,8 @@ def _partner(cluster: Cluster, victim: int, lost: set[int], rng: random.Random) 
     return rng.choice(sorted(others - {victim}))
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
-def test_an_agent_dies_at_a_named_place_and_another_node_with_it(
-    make_cluster: MakeCluster, rng: random.Random, strategy: str
-) -> None:
-    cluster = make_cluster(4, "2+2", strategy)
+def test_an_agent_dies_at_a_named_place_and_another_node_with_it(make_cluster: MakeCluster, rng: random.Random) -> None:
+    cluster = make_cluster(4, "2+2", "fsdp2")
     cluster.begin()
     cluster.start()
     cluster.await_protected()
@@ -193,7 +192,7 @@ def test_nodes_are_lost_while_others_are_restored(make_cluster: MakeCluster, rng
     cluster.start()
     cluster.await_protected()
     lost, exposed = {rng.randrange(6)}, set[int]()
-    for _ in range(10):
+    for _ in range(6):
         cluster.lose(*lost)
         cluster.replace(*lost)
         cluster.start(rng.sample(range(6), 6))
@@ -208,11 +207,8 @@ def test_nodes_are_lost_while_others_are_restored(make_cluster: MakeCluster, rng
     assert min(cluster.judge()[1:]) > 0
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
-def test_a_trainer_dies_at_a_named_place_and_two_nodes_with_it(
-    make_cluster: MakeCluster, rng: random.Random, strategy: str
-) -> None:
-    cluster = make_cluster(4, "2+2", strategy)
+def test_a_trainer_dies_at_a_named_place_and_two_nodes_with_it(make_cluster: MakeCluster, rng: random.Random) -> None:
+    cluster = make_cluster(4, "2+2", "ddp")
     cluster.begin()
     cluster.start()
     cluster.await_protected()
@@ -260,15 +256,17 @@ def test_more_than_m_nodes_are_lost(make_cluster: MakeCluster, rng: random.Rando
 def _two_protected(cluster: Cluster) -> tuple[int, int]:
     """Have two snapshots protected, and none newer begun; returns their steps, the older first."""
     cluster.begin()
-    cluster.start(steps=6)
-    cluster.await_end()
-    cluster.start(crash=dict.fromkeys(range(cluster.world), "capture.before-open=1"))
-    for rank in range(cluster.world):
-        cluster.await_rank_death(rank)
-    held = {record.id.step for index in cluster.there for record in cluster.held(index, "lane").values()}
-    assert len(held) == 2
-    assert max(held) == cluster.this_life()[0]["restored"]
-    return min(held), max(held)
+    for _ in range(20):  # what was sealed everywhere when a life ended, and by then was not protected, does not count
+        cluster.start()
+        cluster.await_protected(2)
+        cluster.end_ranks()
+        cluster.start(crash=dict.fromkeys(range(cluster.world), "capture.before-open=1"))
+        for rank in range(cluster.world):
+            cluster.await_rank_death(rank)
+        steps = set.intersection(*(cluster.complete(index) for index in cluster.there))
+        if len(steps) == 2:
+            return min(steps), max(steps)
+    raise AssertionError(f"there never were two\n{cluster.errors()}")
 
 
 def test_what_cannot_be_rebuilt_gives_way_to_what_can(make_cluster: MakeCluster, rng: random.Random) -> None:
@@ -288,8 +286,13 @@ def test_what_cannot_be_rebuilt_gives_way_to_what_can(make_cluster: MakeCluster,
 # -- damage --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["first byte", "last byte", "checksums", "layout", "record"])
-@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+@pytest.mark.parametrize(
+    ("where", "strategy"),
+    [
+        *((where, "fsdp2") for where in ("first byte", "last byte", "checksums", "layout", "record")),
+        ("last byte", "ddp"),
+    ],
+)
 def test_flipped_bits_in_a_slot_are_repaired_from_the_group(
     make_cluster: MakeCluster, rng: random.Random, where: str, strategy: str
 ) -> None:
@@ -419,8 +422,7 @@ def test_a_stopped_agent_costs_protection_not_training(make_cluster: MakeCluster
     assert min(cluster.judge()[1:]) > 0
 
 
-@pytest.mark.parametrize("with_memory", [True, False])
-@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+@pytest.mark.parametrize(("strategy", "with_memory"), [("fsdp2", True), ("fsdp2", False), ("ddp", False)])
 def test_an_agent_is_started_again_while_training_goes_on(
     make_cluster: MakeCluster, rng: random.Random, strategy: str, with_memory: bool
 ) -> None:
