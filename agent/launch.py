@@ -16,6 +16,7 @@ from .client import AgentClient
 from .settings import NodeSettings, prepare_folder, remembered
 
 _POLL_S: Final = 0.02
+_OTHER_S: Final = 5.0  # for an agent that somebody else started to answer
 
 
 def ensure_agent(settings: NodeSettings, timeout_s: float = 20.0) -> None:
@@ -32,8 +33,21 @@ def ensure_agent(settings: NodeSettings, timeout_s: float = 20.0) -> None:
         _await_managed(settings, deadline_s)
         return
     with _launch_lock(settings, deadline_s):
-        if not _answers(settings):  # whoever held the lock before us may have started it
+        if _answers(settings):  # whoever held the lock before us has started it
+            return
+        try:
             _start(settings, deadline_s)
+        except AgentUnreachable:
+            # Or was killed while doing so: then the agent that it started is there in a moment, and ours could not be.
+            if not _answers_within(settings, _OTHER_S):
+                raise
+
+
+def _answers_within(settings: NodeSettings, seconds: float) -> bool:
+    deadline_s = time.monotonic() + seconds
+    while not (answers := _answers(settings)) and time.monotonic() < deadline_s:
+        time.sleep(_POLL_S)
+    return answers
 
 
 def _await_managed(settings: NodeSettings, deadline_s: float) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from holdfast.agent.settings import PROTOCOL
 from holdfast.errors import (
     AgentError,
     AgentMismatch,
@@ -271,7 +272,7 @@ def test_an_agent_of_another_version(node: Node) -> None:
     node.agents.append(agent)
     assert agent.stdout is not None
     agent.stdout.readline()
-    with pytest.raises(AgentMismatch, match=r"protocol 1 .* speaks 99"):
+    with pytest.raises(AgentMismatch, match=rf"protocol {PROTOCOL} .* speaks 99"):
         node.attach(nn.Linear(1, 1))
 
 
