@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test check bench proto clean
+.PHONY: setup demo test check bench soak proto clean
 
 setup: .venv/.ready
 
@@ -29,6 +29,10 @@ check: setup
 
 bench: setup
 	$(BIN)/python benchmarks/capture.py
+
+# A million schedules of the simulator (tests/simulation) take half an hour on two cores; SCHEDULES=… for another number.
+soak: setup
+	$(BIN)/python -m holdfast.tests.simulation.soak $(SCHEDULES)
 
 proto: setup
 	mkdir -p .build && ln -sfn .. .build/holdfast

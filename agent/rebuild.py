@@ -23,7 +23,7 @@ from . import wire_pb2 as wire
 from .arenas import Arenas
 from .bulk import Stream
 from .client import id_of, wire_id
-from .combine import Outcome, Piece, Source, SourceFailed, Where
+from .combine import Outcome, Source, SourceFailed, Where
 from .manifest import CellTable, Manifest
 from .peers import Peers
 from .tasks import to_the_end
@@ -55,6 +55,15 @@ class _Group:
         images += [member for member, kind in having if kind is Kind.IMAGE]
         parities = [member for member, kind in having if kind is Kind.PARITY]
         return rebuild_terms(self.geometry, self.table.lengths, self.lost, images, parities, start, end)
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    """Bytes ``start .. end-1`` of an image, which are to be computed without some sources: these are damaged there."""
+
+    start: int
+    end: int
+    without: frozenset[Where] = frozenset()
 
 
 class Rebuilder:
@@ -187,27 +196,25 @@ class Rebuilder:
         return wire.MaterialiseReply(path=slot.place.path, how=how)
 
     async def _compute(self, slot: Slot, group: _Group, ranges: Sequence[tuple[int, int]]) -> None:
-        """Compute these ranges. Sources that cannot be read, or are damaged there, are left out in turn.
+        """Compute these ranges. Sources that cannot be read are left out; those that are damaged, where they are.
 
         Raises ``Unrecoverable`` when too few are left.
         """
-        without: set[Where] = set()
-        todo = list(ranges)
+        failed: set[Where] = set()
+        todo = [_Range(start, end) for start, end in ranges]
         while todo:
-            terms = [term for start, end in todo for term in group.terms(without, start, end)]
+            terms = [term for part in todo for term in group.terms(failed | part.without, part.start, part.end)]
             image = slot.image[: group.table.lengths[group.lost]]
+            extents = [(part.start, part.end) for part in todo]
             try:
-                outcome = await self._combine(image, group.table.unit, terms, group.sources, todo)
+                outcome = await self._combine(image, group.table.unit, terms, group.sources, extents)
             except SourceFailed as error:
                 _log.warning(
                     "rebuilding goes on without %s of member %d: %s", error.where[1].value, error.where[0], error
                 )
-                without.add(error.where)
-                again = todo
+                failed.add(error.where)
             else:
-                without |= outcome.damaged.keys()
-                again = _damaged_ranges(outcome, len(image))
-            todo = again
+                todo = _lacking(todo, outcome)
 
     async def _group(self, id: SnapshotId, request: wire.MaterialiseRequest, key: int) -> _Group:
         """Gather what of the group can be had. Raises ``SnapshotLost`` if not even one cell's table can."""
@@ -271,10 +278,16 @@ def _passing(error: Exception) -> HoldfastError | None:
     return cause if isinstance(cause, HoldfastError) and cause.remedy is Remedy.RETRY else None
 
 
-def _damaged_ranges(outcome: Outcome, end: int) -> list[tuple[int, int]]:
-    """The ranges of the target that lack a piece."""
-    pieces: list[Piece] = [piece for found in outcome.damaged.values() for piece in found]
-    return sorted({(p.target_offset, min(p.target_offset + p.nbytes, end)) for p in pieces})
+def _lacking(todo: Sequence[_Range], outcome: Outcome) -> list[_Range]:
+    """The ranges that lack a piece, without the sources that are damaged there. Of all sources, pieces begin alike."""
+    found: dict[int, _Range] = {}
+    for where, pieces in outcome.damaged.items():
+        for piece in pieces:
+            at = piece.target_offset
+            part = found.get(at) or next(part for part in todo if part.start <= at < part.end)
+            end = max(at + piece.nbytes, part.end if at in found else 0)
+            found[at] = _Range(at, end, part.without | {where})
+    return [found[at] for at in sorted(found)]
 
 
 def _cell(parity: wire.Parity) -> wire.ParityCell:

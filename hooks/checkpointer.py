@@ -122,6 +122,8 @@ class Checkpointer:
         self._ranks: Ranks = join()
         self._stats = Stats()
         self._flight: _Flight | None = None
+        self._restored: SnapshotId | None = None
+        self._floor: SnapshotId | None = None
         self._torch_hooks: list[RemovableHandle] = []
         self._logged_s: dict[str, float] = {}
         self._closed = False
