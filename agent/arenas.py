@@ -270,6 +270,12 @@ class Arenas:
         slot.write_record(record)
         slot.commit(record.nonce)
 
+    def mark_complete(self, ids: Collection[SnapshotId]) -> None:
+        """All ranks had these snapshots: said in every image of them that is here."""
+        for slot, record in self._sealed():
+            if record.id in ids:
+                slot.mark_complete()
+
     def let_go(self, ranks: Iterable[int]) -> list[Slot]:
         """No longer count the slots of all ranks but these, nor cells of lanes that are no more; to be ``release``d."""
         stay = frozenset(ranks)

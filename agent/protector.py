@@ -172,6 +172,8 @@ class Protector:
             for p in roster.kept
             if p.agent == self._name
         }
+        # Before anybody of this group may fill a cell, for which it takes an offer of each: who knew of it may be lost then.
+        self._arenas.mark_complete({id_of(p.parity.id) for p in roster.kept})
         cells = [lane[:count] for lane in self._arenas.cells(table.me, kept)[: table.lanes]]
         actions = self._guard.assemble(table, roster.run, floor, cells, roster.timeout_s)
         self._perform(actions)

@@ -272,13 +272,9 @@ class Checkpointer:
             for id in self._holding.discard_newer(chosen):
                 _log.info("discarded %s: the job went back to %s", id, chosen)
             self._go_on_from(chosen, chosen)
-            relied = relied_on(found.images, found.parities, chosen)
-            if relied.id == chosen:
-                # Before anything older may go: those who know of it may be lost.
-                self._holding.mark_complete(chosen)
             if not self._holding.alone:
                 restored_s = time.perf_counter()
-                self._protect_again(chosen, relied)
+                self._protect_again(chosen, relied_on(found.images, found.parities, chosen))
                 self._stats.reprotect_s = time.perf_counter() - restored_s
         self._stats.restore_s = time.perf_counter() - began_s
         return chosen.step if chosen else None
