@@ -151,16 +151,16 @@ class Combiner:
             asyncio.ensure_future(self._add(where, mine, sources[where], outcome)) for where, mine in pieces.items()
         ]
         try:
-            await asyncio.wait(work, return_when=asyncio.FIRST_EXCEPTION)
+            done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_EXCEPTION)
         finally:
             if not all(task.done() for task in work):
                 self._stop.set()
                 for stream in list(self._streams):
                     stream.cancel()
             await ended(work)  # until then, threads write to the target
-        errors = [error for task in work if (error := task.exception()) is not None]
-        if errors:
-            raise errors[0]
+        errors = {task: error for task in work if (error := task.exception()) is not None}
+        if errors:  # those that failed later did so because all were stopped
+            raise next(error for task, error in errors.items() if task in done)
         return outcome
 
     def _clear(self, ranges: Sequence[tuple[int, int]]) -> None:
