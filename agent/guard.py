@@ -365,22 +365,19 @@ class Guard:
         return False
 
     def _overwritable(self, lane: int, id: SnapshotId) -> int | None:
-        """The cell to fill with *id*: a free one, else the oldest that may go, those first that are of least use."""
+        """The cell to fill with *id*: a free one, else the oldest that may go, those first that nobody wants."""
         cells = self._lanes[lane].cells
         free = next((i for i, cell in enumerate(cells) if cell.stage is Stage.FREE), None)
         if free is not None:
             return free
         may_go = [i for i, cell in enumerate(cells) if self._may_go(cell, lane, id)]
-        return min(
-            may_go, key=lambda i: (cells[i].id == self.keep, cells[i].id in self._wanted, cells[i].id), default=None
-        )
+        return min(may_go, key=lambda i: (cells[i].id in self._wanted, cells[i].id), default=None)
 
     def _may_go(self, cell: Cell, lane: int, id: SnapshotId) -> bool:
         """Whether *cell* is of no use any more once *id* is guarded.
 
         Not if it is newer, and of this run: it may be the watermark, although nobody has told us yet. And not if it is of
-        ``keep``; but of that there may be parity of a group that is no more, and it may be something left over that this
-        group does not protect: both go when there is no other place.
+        ``keep``; but of that there may be parity of a group that is no more, which goes when there is no other place.
         """
         if cell.stage is not Stage.HELD or cell.id is None:
             return False
@@ -391,7 +388,7 @@ class Guard:
             if going_back and id > cell.id and any(other.kept for other in self._lanes[lane].cells):
                 return True  # the job began to train although not all could protect the floor anew: what is kept counts
             key = self._key(lane, cell.id)
-            return cell.id not in self._wanted or (key is not None and cell.key != key)
+            return key is not None and cell.key != key
         return cell.id < id or cell.id.run != self.run
 
     def _complete(self, lane: int, id: SnapshotId) -> tuple[Offer | None, ...] | None:
