@@ -184,9 +184,9 @@ class Agent:
         slot = self.memory.slots.get((session.rank, index))
         if slot is None:  # its rank is elsewhere now, and the memory was given back
             return
-        sum = slot.sum if slot.filling == flight.nonce else -flight.nonce  # else of bytes that were changing
-        page = slot.page = Page(flight.id, session.rank, session.world, flight.watermark, flight.nonce, sum)
-        self.world.truth.pages[sum, flight.nonce] = page
+        content = slot.content if slot.filling == flight.nonce else -flight.nonce  # else of bytes that were changing
+        page = slot.page = Page(flight.id, session.rank, session.world, flight.watermark, flight.nonce, content)
+        self.world.truth.pages[content, flight.nonce] = page
         self.memory.touch()
         self.world.say("%s: record of %s of rank %d", self.name, flight.id, session.rank)
         self.recorded(session.rank, flight.id, flight.keep)
@@ -204,6 +204,7 @@ class Agent:
             self.perform(self.guard.assemble(None, roster.run, roster.floor, [], self.world.pace.timeout_s))
             return True
         self.memory.reserve_cells(table.lanes, roster.slots)
+        self.memory.mark_complete({parity.id for parity in roster.kept})
         self.world.say("%s: group of %s with floor %s", self.name, ", ".join(table.agents), roster.floor)
         self.perform(
             self.guard.assemble(table, roster.run, roster.floor, self.cells(table, roster), self.world.pace.timeout_s)
@@ -236,7 +237,7 @@ class Agent:
         slot = self.memory.image(rank, id)
         if table is None or place is None or place[0] != table.me or slot is None or slot.page is None:
             return
-        offer = Offer(*place, rank, id, slot.page.nonce, 1, 1, slot.page.sum)
+        offer = Offer(*place, rank, id, slot.page.nonce, 1, 1, slot.page.content)
         self.perform(self.guard.recorded(offer, keep, self.world.now))
         self.tick_soon()
 
@@ -376,7 +377,7 @@ class Agent:
         for member, other, slot, page in fill.sources:
             if other.dead or not self.world.linked(self, other):
                 broken = member
-            elif slot.recorded is not page or slot.sum != page.sum:
+            elif slot.recorded is not page or slot.content != page.content:
                 broken = gone = member
         if broken is not None:
             self.filling.pop(action.attempt)

@@ -135,7 +135,7 @@ class Job:
             self.world.say("rank %d: cannot have its image", rank.number)
             self.world.end_job()
             return
-        slot.page, slot.word, slot.sum, slot.filling = page, page.nonce, page.sum, 0
+        slot.page, slot.word, slot.content, slot.filling = page, page.nonce, page.content, 0
         rank.memory.touch()
         self.world.say("rank %d: has its image of %s", rank.number, self.chosen)
         self.outstanding -= 1
@@ -153,8 +153,6 @@ class Job:
             for newer in [id for id in rank.held() if id > self.chosen]:
                 rank.discard(newer, "the job goes back")
             rank.begin(self.chosen, self.chosen)
-            if self.relied.id == self.chosen:
-                rank.mark_complete(self.chosen)
         if all(rank.alone for rank in self.ranks):
             self.world.truth.restored(self.chosen)
             self._train()

@@ -1,20 +1,21 @@
 """What outlives processes: the shared memory of a node, as far as the protocol can tell its bytes apart.
 
-The bytes of an image are one number, its *sum*, which tells whose they are: so the model knows the truth, which no agent does.
-Parity is the sums of the images that it was computed from.
+The bytes of an image are one number, its *content*, which tells whose they are: so the model knows the truth, which no agent
+does. Parity is the records of the images that it was computed from.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 from holdfast.snapshot.record import FREE_WORD, OPEN_WORD, SnapshotId
 from holdfast.snapshot.recovery import Held, HeldParity
 
-PARTIAL = 0  # the sum of bytes that are no image (yet)
+PARTIAL = 0  # the content of what is no image (yet)
 
 
-def sum_of(id: SnapshotId, rank: int, *, torn: bool = False) -> int:
+def content_of(id: SnapshotId, rank: int, *, torn: bool = False) -> int:
     """The bytes of that image; another number if it is torn."""
     return (((int(id.run, 16) << 20 | id.step) << 6 | rank) << 1 | torn) + 1
 
@@ -27,7 +28,7 @@ class Page(NamedTuple):
     world: int
     watermark: int
     nonce: int
-    sum: int
+    content: int
 
 
 class Parity(NamedTuple):
@@ -44,13 +45,13 @@ class Parity(NamedTuple):
 class SlotMemory:
     """One slot. *filling*: the nonce under which it was filled last, which is not in memory."""
 
-    __slots__ = ("complete", "filling", "page", "sum", "word")
+    __slots__ = ("complete", "content", "filling", "page", "word")
 
     def __init__(self) -> None:
         self.word = FREE_WORD
         self.page: Page | None = None
         self.complete = FREE_WORD
-        self.sum = PARTIAL
+        self.content = PARTIAL
         self.filling = 0
 
     @property
@@ -68,7 +69,7 @@ class View:
     """What lies in a node's memory, for the checks.
 
     Attributes:
-        images: sums of the sealed images, by snapshot and rank.
+        images: content of the sealed images, by snapshot and rank.
         known: snapshots that this memory says were complete.
         parities: keys of the sealed cells, by lane, snapshot and index of the member; several between two groupings.
     """
@@ -83,11 +84,11 @@ class View:
             page = slot.sealed
             if page is None:
                 continue
-            exact = page.sum == slot.sum == sum_of(page.id, rank)
+            exact = page.content == slot.content == content_of(page.id, rank)
             assert exact, (
                 f"slot {index} of rank {rank} on {memory.name}: {page.id} is sealed, and its bytes are not exact"
             )
-            self.images[page.id, rank] = slot.sum
+            self.images[page.id, rank] = slot.content
             if slot.complete == slot.word:
                 self.known.add(page.id)
             if page.watermark >= 0:
@@ -142,10 +143,15 @@ class Memory:
             self._view = View(self)
         return self._view
 
-    def image(self, rank: int, id: SnapshotId, sum: int | None = None) -> SlotMemory | None:
+    def image(self, rank: int, id: SnapshotId, content: int | None = None) -> SlotMemory | None:
         """As ``Arenas.image``."""
         for (its_rank, _), slot in self.slots.items():
-            if its_rank == rank and (page := slot.recorded) is not None and page.id == id and sum in (None, page.sum):
+            if (
+                its_rank == rank
+                and (page := slot.recorded) is not None
+                and page.id == id
+                and content in (None, page.content)
+            ):
                 return slot
         return None
 
@@ -161,7 +167,7 @@ class Memory:
             break
         else:
             slot = self.slots[rank, max(mine, default=-1) + 1] = SlotMemory()
-        slot.word, slot.sum = FREE_WORD, PARTIAL
+        slot.word, slot.content = FREE_WORD, PARTIAL
         self.touch()
         return slot
 
@@ -181,6 +187,13 @@ class Memory:
         self.cells = {key: cell for key, cell in self.cells.items() if key[0] < lanes}
         self.touch()
 
+    def mark_complete(self, ids: Collection[SnapshotId]) -> None:
+        """As ``Arenas.mark_complete``."""
+        for slot in self.slots.values():
+            if slot.sealed is not None and slot.sealed.id in ids:
+                slot.complete = slot.word
+                self.touch()
+
     def sealed(self) -> list[tuple[int, Page]]:
         """Every sealed image, by rank."""
         return [(rank, page) for (rank, _), slot in self.slots.items() if (page := slot.sealed) is not None]
@@ -189,7 +202,7 @@ class Memory:
         """As ``Arenas.inventory``."""
         return [
             Held(page.id, rank, page.world, page.watermark, self.name, f"{rank}/{index}", 1,
-                 slot.complete == slot.word, page.sum)
+                 slot.complete == slot.word, page.content)
             for (rank, index), slot in self.slots.items()
             if (page := slot.sealed) is not None
         ]  # fmt: skip

@@ -18,7 +18,7 @@ from holdfast.snapshot.record import FREE_WORD, OPEN_WORD, SnapshotId
 from holdfast.snapshot.slots import Event, SlotState, Stage, find, overwritable
 
 from .agents import Agent, Roster, Stream
-from .memory import PARTIAL, Memory, SlotMemory, sum_of
+from .memory import PARTIAL, Memory, SlotMemory, content_of
 
 if TYPE_CHECKING:
     from .jobs import Job
@@ -177,7 +177,7 @@ class Rank:
         self.world.truth.may_overwrite_slot(self, slot)
         watermark = keep.step if keep is not None and keep.run == id.run else NONE
         flight = self.flights[index] = Flight(self.world.nonce(), watermark, keep)
-        slot.word, slot.sum, slot.filling = OPEN_WORD, PARTIAL, flight.nonce
+        slot.word, slot.content, slot.filling = OPEN_WORD, PARTIAL, flight.nonce
         self.memory.touch()
         self.states[index] = self.states[index].after(Event.OPEN, id)
         return index
@@ -345,7 +345,7 @@ class Rank:
             return
         copy.landed = True
         if copy.slot.filling == copy.nonce:
-            copy.slot.sum = sum_of(copy.id, self.number, torn=copy.touched)
+            copy.slot.content = content_of(copy.id, self.number, torn=copy.touched)
         self.copied(copy.id)
 
     def _close_window(self) -> None:

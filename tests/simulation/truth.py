@@ -17,7 +17,7 @@ from holdfast.snapshot.record import SnapshotId
 from holdfast.snapshot.recovery import HeldParity, Plan, Rebuilt
 
 from .agents import Agent, Roster, members
-from .memory import Memory, Page, SlotMemory, Watch, sum_of
+from .memory import Memory, Page, SlotMemory, Watch, content_of
 
 if TYPE_CHECKING:
     from .jobs import Job
@@ -78,7 +78,7 @@ class Truth:
         self.best: SnapshotId | None = None  # the newest snapshot that any rank of this run knows to be complete
         self.watch = Watch()
         self.rng = random.Random(world.taste.seed)
-        self.pages: dict[tuple[int, int], Page] = {}  # every record ever written, by its sum and nonce
+        self.pages: dict[tuple[int, int], Page] = {}  # every record ever written, by its content and nonce
         self.checks = self.asked = 0
 
     # -- what happens --------------------------------------------------------------------------------------------------
@@ -171,16 +171,14 @@ class Truth:
             assert page.id < self.best, f"rank {rank.number} overwrites {page.id}, and nothing newer is protected"
 
     def may_overwrite_cell(self, agent: Agent, lane: int, cell: int) -> None:
-        """Not before something newer is protected everywhere, or the same once more."""
+        """Not before something newer is protected everywhere; but of the same snapshot there may be parity of two groupings."""
         parity = agent.memory.cells[lane, cell]
-        table = agent.guard.table
-        if parity is None or self.best is None or table is None or parity.id != self.best:
+        if parity is None or self.best is None or parity.id != self.best:
             return
-        twin = any(
-            index != cell and other is not None and other.id == parity.id and other.index == table.me
-            for (its, index), other in agent.memory.cells.items()
-            if its == lane
-        )
+        others = [
+            p for (its, index), p in agent.memory.cells.items() if its == lane and index != cell and p is not None
+        ]
+        twin = any(other.id == parity.id for other in others)
         assert twin, f"{agent.name} overwrites its parity of {parity.id}, and nothing newer is protected"
 
     # -- checks --------------------------------------------------------------------------------------------------------
@@ -260,7 +258,9 @@ class Truth:
             if isinstance(source, Rebuilt):
                 page = self._rebuilt(found.chosen, rank, source.key, memories)
                 assert page is not None, f"{found.chosen} of rank {rank} cannot be rebuilt:\n{found.explain()}"
-                assert page.sum == sum_of(found.chosen, rank), f"{found.chosen} of rank {rank} would come back torn"
+                assert page.content == content_of(found.chosen, rank), (
+                    f"{found.chosen} of rank {rank} would come back torn"
+                )
             else:
                 assert source.id == found.chosen
 
@@ -291,7 +291,7 @@ class Truth:
         images = {
             i
             for i, page in enumerate(table.pages)
-            if page is None or any(memory.view.images.get((id, page.rank)) == page.sum for memory in memories)
+            if page is None or any(memory.view.images.get((id, page.rank)) == page.content for memory in memories)
         }
         good = {cell.index for cell in cells if cell.pages == table.pages}
         for stripe in range(n):

@@ -73,6 +73,7 @@ class Place:
     lives: int = 1
 
 
+SLOWEST_S = 3.0  # what takes longer, real streams and deadlines give up
 CALM = Pace(0.1, 0.01, 0.005, 0.001, 0.01, 1.0, 2.0)
 PATIENCE_S = 15.0  # virtual: without faults, a snapshot is protected by then; the worst of 100,000 schedules took 5
 EVENTS_LIMIT = 60_000
@@ -119,7 +120,7 @@ class World:
     def soon(self, typical_s: float) -> float:
         """When something is over that takes about so long."""
         drawn = self.rng.random()
-        return self.now + 2 * typical_s * drawn * (20 if drawn < self.pace.long else 1)
+        return self.now + min(2 * typical_s * drawn * (20 if drawn < self.pace.long else 1), SLOWEST_S)
 
     def after(self, typical_s: float, work: Callable[..., None], *what: object) -> None:
         """Let *work* happen in about that time."""
