@@ -69,17 +69,19 @@ class Link:
 
     def _accept(self, listener: socket.socket, port: int) -> None:
         while not self._closed:
-            try:
-                near, _ = listener.accept()
-                far = socket.create_connection((self._behind, port))
-            except OSError:  # closed; or the agent is dead, and so is who connected
-                continue
-            with self._lock:
-                self._sockets += [near, far]
-                flip = port == self._bulk and self._wanted > 0
-                self._wanted -= flip
-            self._run(self._pump, near, far, False)
-            self._run(self._pump, far, near, flip)
+            with contextlib.ExitStack() as undo, contextlib.suppress(OSError):
+                near, _ = listener.accept()  # fails once the listener is closed
+                undo.enter_context(near)
+                far = undo.enter_context(socket.create_connection((self._behind, port)))  # fails if the agent is dead
+                with self._lock:
+                    if self._closed:
+                        return
+                    undo.pop_all()  # ``close`` ends them now
+                    self._sockets += [near, far]
+                    flip = port == self._bulk and self._wanted > 0
+                    self._wanted -= flip
+                self._run(self._pump, near, far, False)
+                self._run(self._pump, far, near, flip)
 
     def _pump(self, source: socket.socket, target: socket.socket, flip: bool) -> None:
         """Pass on what comes, until either side ends."""
