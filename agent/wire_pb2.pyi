@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class FromTrainer(_message.Message):
-    __slots__ = ("hello", "layout", "copied", "discarded", "grow", "report", "goodbye", "roster")
+    __slots__ = ("hello", "layout", "copied", "discarded", "grow", "report", "goodbye", "roster", "spill")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     COPIED_FIELD_NUMBER: _ClassVar[int]
@@ -16,6 +16,7 @@ class FromTrainer(_message.Message):
     REPORT_FIELD_NUMBER: _ClassVar[int]
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
     ROSTER_FIELD_NUMBER: _ClassVar[int]
+    SPILL_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     layout: LayoutText
     copied: Copied
@@ -24,10 +25,11 @@ class FromTrainer(_message.Message):
     report: Report
     goodbye: Goodbye
     roster: Roster
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., layout: _Optional[_Union[LayoutText, _Mapping]] = ..., copied: _Optional[_Union[Copied, _Mapping]] = ..., discarded: _Optional[_Union[Discarded, _Mapping]] = ..., grow: _Optional[_Union[Grow, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., roster: _Optional[_Union[Roster, _Mapping]] = ...) -> None: ...
+    spill: Spill
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., layout: _Optional[_Union[LayoutText, _Mapping]] = ..., copied: _Optional[_Union[Copied, _Mapping]] = ..., discarded: _Optional[_Union[Discarded, _Mapping]] = ..., grow: _Optional[_Union[Grow, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., roster: _Optional[_Union[Roster, _Mapping]] = ..., spill: _Optional[_Union[Spill, _Mapping]] = ...) -> None: ...
 
 class FromAgent(_message.Message):
-    __slots__ = ("welcome", "prepared", "grown", "failed", "rostered", "guarded", "unguarded")
+    __slots__ = ("welcome", "prepared", "grown", "failed", "rostered", "guarded", "unguarded", "spilled", "due", "stop")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     PREPARED_FIELD_NUMBER: _ClassVar[int]
     GROWN_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +37,9 @@ class FromAgent(_message.Message):
     ROSTERED_FIELD_NUMBER: _ClassVar[int]
     GUARDED_FIELD_NUMBER: _ClassVar[int]
     UNGUARDED_FIELD_NUMBER: _ClassVar[int]
+    SPILLED_FIELD_NUMBER: _ClassVar[int]
+    DUE_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     prepared: Prepared
     grown: Grown
@@ -42,10 +47,13 @@ class FromAgent(_message.Message):
     rostered: Rostered
     guarded: Guarded
     unguarded: Unguarded
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., prepared: _Optional[_Union[Prepared, _Mapping]] = ..., grown: _Optional[_Union[Grown, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., rostered: _Optional[_Union[Rostered, _Mapping]] = ..., guarded: _Optional[_Union[Guarded, _Mapping]] = ..., unguarded: _Optional[_Union[Unguarded, _Mapping]] = ...) -> None: ...
+    spilled: Spilled
+    due: Due
+    stop: Stop
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., prepared: _Optional[_Union[Prepared, _Mapping]] = ..., grown: _Optional[_Union[Grown, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., rostered: _Optional[_Union[Rostered, _Mapping]] = ..., guarded: _Optional[_Union[Guarded, _Mapping]] = ..., unguarded: _Optional[_Union[Unguarded, _Mapping]] = ..., spilled: _Optional[_Union[Spilled, _Mapping]] = ..., due: _Optional[_Union[Due, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol", "version", "job", "rank", "world", "pid", "slots", "image_bytes", "table_bytes", "life", "pid_namespace")
+    __slots__ = ("protocol", "version", "job", "rank", "world", "pid", "slots", "image_bytes", "table_bytes", "life", "pid_namespace", "tiers")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     JOB_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +65,7 @@ class Hello(_message.Message):
     TABLE_BYTES_FIELD_NUMBER: _ClassVar[int]
     LIFE_FIELD_NUMBER: _ClassVar[int]
     PID_NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     version: str
     job: str
@@ -68,7 +77,8 @@ class Hello(_message.Message):
     table_bytes: int
     life: str
     pid_namespace: str
-    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., job: _Optional[str] = ..., rank: _Optional[int] = ..., world: _Optional[int] = ..., pid: _Optional[int] = ..., slots: _Optional[int] = ..., image_bytes: _Optional[int] = ..., table_bytes: _Optional[int] = ..., life: _Optional[str] = ..., pid_namespace: _Optional[str] = ...) -> None: ...
+    tiers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., job: _Optional[str] = ..., rank: _Optional[int] = ..., world: _Optional[int] = ..., pid: _Optional[int] = ..., slots: _Optional[int] = ..., image_bytes: _Optional[int] = ..., table_bytes: _Optional[int] = ..., life: _Optional[str] = ..., pid_namespace: _Optional[str] = ..., tiers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SlotPlace(_message.Message):
     __slots__ = ("index", "path", "table_bytes", "image_bytes")
@@ -166,6 +176,38 @@ class Guarded(_message.Message):
     id: Id
     def __init__(self, id: _Optional[_Union[Id, _Mapping]] = ...) -> None: ...
 
+class Spill(_message.Message):
+    __slots__ = ("id", "tiers")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    id: Id
+    tiers: int
+    def __init__(self, id: _Optional[_Union[Id, _Mapping]] = ..., tiers: _Optional[int] = ...) -> None: ...
+
+class Spilled(_message.Message):
+    __slots__ = ("id", "tier", "error", "seconds")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    id: Id
+    tier: int
+    error: str
+    seconds: float
+    def __init__(self, id: _Optional[_Union[Id, _Mapping]] = ..., tier: _Optional[int] = ..., error: _Optional[str] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class Due(_message.Message):
+    __slots__ = ("tiers",)
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    tiers: int
+    def __init__(self, tiers: _Optional[int] = ...) -> None: ...
+
+class Stop(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+
 class Unguarded(_message.Message):
     __slots__ = ("id", "reason")
     ID_FIELD_NUMBER: _ClassVar[int]
@@ -183,7 +225,7 @@ class LayoutText(_message.Message):
     def __init__(self, number: _Optional[int] = ..., text: _Optional[bytes] = ...) -> None: ...
 
 class Copied(_message.Message):
-    __slots__ = ("slot", "nonce", "run", "generation", "step", "watermark", "layout", "image_bytes", "keep", "floor_stands")
+    __slots__ = ("slot", "nonce", "run", "generation", "step", "watermark", "layout", "image_bytes", "keep", "floor_stands", "persisted")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     NONCE_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
@@ -194,6 +236,7 @@ class Copied(_message.Message):
     IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     KEEP_FIELD_NUMBER: _ClassVar[int]
     FLOOR_STANDS_FIELD_NUMBER: _ClassVar[int]
+    PERSISTED_FIELD_NUMBER: _ClassVar[int]
     slot: int
     nonce: int
     run: str
@@ -204,7 +247,8 @@ class Copied(_message.Message):
     image_bytes: int
     keep: Id
     floor_stands: bool
-    def __init__(self, slot: _Optional[int] = ..., nonce: _Optional[int] = ..., run: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., watermark: _Optional[int] = ..., layout: _Optional[int] = ..., image_bytes: _Optional[int] = ..., keep: _Optional[_Union[Id, _Mapping]] = ..., floor_stands: bool = ...) -> None: ...
+    persisted: int
+    def __init__(self, slot: _Optional[int] = ..., nonce: _Optional[int] = ..., run: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., watermark: _Optional[int] = ..., layout: _Optional[int] = ..., image_bytes: _Optional[int] = ..., keep: _Optional[_Union[Id, _Mapping]] = ..., floor_stands: bool = ..., persisted: _Optional[int] = ...) -> None: ...
 
 class Discarded(_message.Message):
     __slots__ = ("slot", "nonce", "reason", "id")
@@ -372,7 +416,7 @@ class ImageDetail(_message.Message):
     def __init__(self, image: _Optional[_Union[Image, _Mapping]] = ..., layout: _Optional[bytes] = ..., slice_crc: _Optional[_Iterable[int]] = ..., values_crc: _Optional[int] = ..., bad_blocks: _Optional[_Iterable[int]] = ..., block_bytes: _Optional[int] = ...) -> None: ...
 
 class StatusReport(_message.Message):
-    __slots__ = ("agent", "version", "job", "pid", "uptime_s", "shm", "listen", "alone", "reserved_bytes", "limit_bytes", "trainers", "slots", "foreign", "idle_s", "group", "peers", "tls")
+    __slots__ = ("agent", "version", "job", "pid", "uptime_s", "shm", "listen", "alone", "reserved_bytes", "limit_bytes", "trainers", "slots", "foreign", "idle_s", "group", "peers", "tls", "tiers")
     AGENT_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     JOB_FIELD_NUMBER: _ClassVar[int]
@@ -390,6 +434,7 @@ class StatusReport(_message.Message):
     GROUP_FIELD_NUMBER: _ClassVar[int]
     PEERS_FIELD_NUMBER: _ClassVar[int]
     TLS_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
     agent: str
     version: str
     job: str
@@ -407,7 +452,30 @@ class StatusReport(_message.Message):
     group: GroupStatus
     peers: _containers.RepeatedScalarFieldContainer[str]
     tls: bool
-    def __init__(self, agent: _Optional[str] = ..., version: _Optional[str] = ..., job: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[float] = ..., shm: _Optional[str] = ..., listen: _Optional[str] = ..., alone: bool = ..., reserved_bytes: _Optional[int] = ..., limit_bytes: _Optional[int] = ..., trainers: _Optional[_Iterable[_Union[TrainerStatus, _Mapping]]] = ..., slots: _Optional[_Iterable[_Union[SlotStatus, _Mapping]]] = ..., foreign: _Optional[_Iterable[str]] = ..., idle_s: _Optional[float] = ..., group: _Optional[_Union[GroupStatus, _Mapping]] = ..., peers: _Optional[_Iterable[str]] = ..., tls: bool = ...) -> None: ...
+    tiers: _containers.RepeatedCompositeFieldContainer[TierStatus]
+    def __init__(self, agent: _Optional[str] = ..., version: _Optional[str] = ..., job: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[float] = ..., shm: _Optional[str] = ..., listen: _Optional[str] = ..., alone: bool = ..., reserved_bytes: _Optional[int] = ..., limit_bytes: _Optional[int] = ..., trainers: _Optional[_Iterable[_Union[TrainerStatus, _Mapping]]] = ..., slots: _Optional[_Iterable[_Union[SlotStatus, _Mapping]]] = ..., foreign: _Optional[_Iterable[str]] = ..., idle_s: _Optional[float] = ..., group: _Optional[_Union[GroupStatus, _Mapping]] = ..., peers: _Optional[_Iterable[str]] = ..., tls: bool = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ...) -> None: ...
+
+class TierStatus(_message.Message):
+    __slots__ = ("url", "newest", "spilled_bytes", "spill_s", "spills", "failures", "trouble", "queued", "pruned")
+    URL_FIELD_NUMBER: _ClassVar[int]
+    NEWEST_FIELD_NUMBER: _ClassVar[int]
+    SPILLED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SPILL_S_FIELD_NUMBER: _ClassVar[int]
+    SPILLS_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    TROUBLE_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_FIELD_NUMBER: _ClassVar[int]
+    PRUNED_FIELD_NUMBER: _ClassVar[int]
+    url: str
+    newest: Id
+    spilled_bytes: int
+    spill_s: float
+    spills: int
+    failures: int
+    trouble: str
+    queued: int
+    pruned: int
+    def __init__(self, url: _Optional[str] = ..., newest: _Optional[_Union[Id, _Mapping]] = ..., spilled_bytes: _Optional[int] = ..., spill_s: _Optional[float] = ..., spills: _Optional[int] = ..., failures: _Optional[int] = ..., trouble: _Optional[str] = ..., queued: _Optional[int] = ..., pruned: _Optional[int] = ...) -> None: ...
 
 class GroupStatus(_message.Message):
     __slots__ = ("members", "tolerance", "protected", "parity_bytes", "pulled_bytes", "protect_s", "trouble", "damaged", "calls", "call_bytes")
@@ -482,18 +550,34 @@ class SlotStatus(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., index: _Optional[int] = ..., state: _Optional[str] = ..., run: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., image_bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ...) -> None: ...
 
 class MaterialiseRequest(_message.Message):
-    __slots__ = ("id", "rank", "world", "images", "parities")
+    __slots__ = ("id", "rank", "world", "images", "parities", "tiers", "job", "agent")
     ID_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     WORLD_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     PARITIES_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    AGENT_FIELD_NUMBER: _ClassVar[int]
     id: Id
     rank: int
     world: int
     images: _containers.RepeatedCompositeFieldContainer[Source]
     parities: _containers.RepeatedCompositeFieldContainer[ParitySource]
-    def __init__(self, id: _Optional[_Union[Id, _Mapping]] = ..., rank: _Optional[int] = ..., world: _Optional[int] = ..., images: _Optional[_Iterable[_Union[Source, _Mapping]]] = ..., parities: _Optional[_Iterable[_Union[ParitySource, _Mapping]]] = ...) -> None: ...
+    tiers: _containers.RepeatedCompositeFieldContainer[TierSource]
+    job: str
+    agent: str
+    def __init__(self, id: _Optional[_Union[Id, _Mapping]] = ..., rank: _Optional[int] = ..., world: _Optional[int] = ..., images: _Optional[_Iterable[_Union[Source, _Mapping]]] = ..., parities: _Optional[_Iterable[_Union[ParitySource, _Mapping]]] = ..., tiers: _Optional[_Iterable[_Union[TierSource, _Mapping]]] = ..., job: _Optional[str] = ..., agent: _Optional[str] = ...) -> None: ...
+
+class TierSource(_message.Message):
+    __slots__ = ("tier", "agent", "address")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    AGENT_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    tier: int
+    agent: str
+    address: str
+    def __init__(self, tier: _Optional[int] = ..., agent: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
 
 class Source(_message.Message):
     __slots__ = ("rank", "agent", "address", "checks_crc")
@@ -518,12 +602,52 @@ class ParitySource(_message.Message):
     def __init__(self, parity: _Optional[_Union[Parity, _Mapping]] = ..., agent: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
 
 class MaterialiseReply(_message.Message):
-    __slots__ = ("path", "how")
+    __slots__ = ("path", "how", "checks_crc")
     PATH_FIELD_NUMBER: _ClassVar[int]
     HOW_FIELD_NUMBER: _ClassVar[int]
+    CHECKS_CRC_FIELD_NUMBER: _ClassVar[int]
     path: str
     how: str
-    def __init__(self, path: _Optional[str] = ..., how: _Optional[str] = ...) -> None: ...
+    checks_crc: int
+    def __init__(self, path: _Optional[str] = ..., how: _Optional[str] = ..., checks_crc: _Optional[int] = ...) -> None: ...
+
+class TierList(_message.Message):
+    __slots__ = ("agent", "address", "images", "errors")
+    AGENT_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    ERRORS_FIELD_NUMBER: _ClassVar[int]
+    agent: str
+    address: str
+    images: _containers.RepeatedCompositeFieldContainer[TierImages]
+    errors: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, agent: _Optional[str] = ..., address: _Optional[str] = ..., images: _Optional[_Iterable[_Union[TierImages, _Mapping]]] = ..., errors: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class TierImages(_message.Message):
+    __slots__ = ("tier", "id", "world", "ranks")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    WORLD_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    tier: int
+    id: Id
+    world: int
+    ranks: _containers.RepeatedCompositeFieldContainer[Range]
+    def __init__(self, tier: _Optional[int] = ..., id: _Optional[_Union[Id, _Mapping]] = ..., world: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[Range, _Mapping]]] = ...) -> None: ...
+
+class SpillRequest(_message.Message):
+    __slots__ = ("tiers",)
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    tiers: int
+    def __init__(self, tiers: _Optional[int] = ...) -> None: ...
+
+class SpillReply(_message.Message):
+    __slots__ = ("accepted", "reason")
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    accepted: bool
+    reason: str
+    def __init__(self, accepted: bool = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Offer(_message.Message):
     __slots__ = ("job", "agent", "rank", "record", "checks", "layout")

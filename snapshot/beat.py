@@ -31,6 +31,9 @@ class Facts:
         busy_us: how long this rank's last step took, in microseconds.
         low_digest, high_digest: of a sample of what all ranks should hold alike, at the newest step taken; reduced, the
             range. ``UNKNOWN`` where a rank has none.
+        due: how many tiers, from the nearest on, the next snapshot is to be spilled to; reduced, the most that any rank asks.
+        low_persisted, high_persisted: the newest step whose image of this rank lies in the nearest tier, or ``NONE``; reduced,
+            the range. Images are spilled in order, so if all name the same step, the whole snapshot is there.
     """
 
     first_beat: int
@@ -45,6 +48,9 @@ class Facts:
     busy_us: int = 0
     low_digest: int = UNKNOWN
     high_digest: int = UNKNOWN
+    due: int = 0
+    low_persisted: int = NONE
+    high_persisted: int = NONE
 
     def to_vector(self) -> list[int]:
         """int64 values whose elementwise minimum over the ranks is the vector of the reduced facts."""
@@ -61,15 +67,20 @@ class Facts:
             -self.busy_us,
             self.low_digest,
             -self.high_digest if self.high_digest != UNKNOWN else UNKNOWN,
+            -self.due,
+            self.low_persisted,
+            -self.high_persisted,
         ]
 
     @classmethod
     def from_vector(cls, vector: Sequence[int]) -> Facts:
         """Inverse of ``to_vector``."""
-        first, last, taken, last_taken, complete, discarded, able, relayout, stop, busy, low, high = vector
+        first, last, taken, last_taken, complete, discarded, able, relayout, stop, busy, low, high, *spills = vector
+        due, low_persisted, high_persisted = spills
         return cls(
             first, -last, taken, -last_taken, complete, discarded if discarded != UNKNOWN else NONE,
             bool(able), bool(relayout), bool(stop), -busy, low, -high if high != UNKNOWN else UNKNOWN,
+            -due, low_persisted, -high_persisted,
         )  # fmt: skip
 
 
@@ -84,22 +95,28 @@ class Agreed:
         watermark: the newest step known complete on every rank (or the one restored from), ``NONE`` before the first.
         outstanding: steps taken after it, oldest first, not known complete everywhere.
         resume_at: no beat of a lower ordinal is started; brings ranks whose beats fell out of step together again.
+        persisted: the newest step known to lie in the nearest tier as a whole, ``NONE`` before the first.
     """
 
     watermark: int = NONE
     outstanding: tuple[int, ...] = ()
     resume_at: int = 0
+    persisted: int = NONE
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a beat decided. ``reason`` says why no snapshot is taken, None if one is, or if none was wanted."""
+    """What a beat decided. ``reason`` says why no snapshot is taken, None if one is, or if none was wanted.
+
+    ``due``: how many tiers it is to be spilled to, from the nearest on. ``stop``: a preemption notice arrived somewhere.
+    """
 
     take: bool
     reason: str | None = None
     relayout: bool = False
     stop: bool = False
     busy_us: int = 0
+    due: int = 0
 
 
 def settle(agreed: Agreed, facts: Facts, *, step: int, wanted: bool, slots: int) -> tuple[Agreed, Verdict]:
@@ -109,13 +126,13 @@ def settle(agreed: Agreed, facts: Facts, *, step: int, wanted: bool, slots: int)
         agreed: what the beats before this one led to.
         facts: reduced over all ranks.
         step: the step that the beat belongs to.
-        wanted: whether a snapshot of it is asked for (``every``); the same on all ranks.
+        wanted: whether a snapshot of it is asked for (``every``); the same on all ranks. A preemption notice asks for one too.
         slots: how many slots each rank has; the same on all ranks.
 
     Returns:
         What is agreed now, and the verdict on *step*. With ``take``, the step is outstanding.
     """
-    aligned = facts.first_beat == facts.last_beat
+    aligned, wanted = facts.first_beat == facts.last_beat, wanted or facts.stop
     if facts.first_taken == facts.last_taken:
         outstanding = tuple(s for s in agreed.outstanding if s != facts.discarded)
         watermark = max([agreed.watermark, *(s for s in outstanding if s <= facts.complete)])
@@ -129,8 +146,11 @@ def settle(agreed: Agreed, facts: Facts, *, step: int, wanted: bool, slots: int)
     reason = _objection(facts, aligned, relayout, step, watermark, outstanding, slots) if wanted else None
     take = wanted and reason is None
     resume_at = agreed.resume_at if facts.first_beat == facts.last_beat else facts.last_beat + 1
-    now = Agreed(watermark, (*outstanding, step) if take else outstanding, resume_at)
-    return now, Verdict(take, reason, relayout, facts.stop, facts.busy_us)
+    persisted = facts.low_persisted if facts.low_persisted == facts.high_persisted else NONE
+    now = Agreed(
+        watermark, (*outstanding, step) if take else outstanding, resume_at, max(agreed.persisted, persisted)
+    )
+    return now, Verdict(take, reason, relayout, facts.stop, facts.busy_us, facts.due)
 
 
 def _objection(

@@ -14,7 +14,7 @@ small for the image is OUTGROWN, and FREE again once the agent has replaced it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final
@@ -78,11 +78,13 @@ def find(slots: Sequence[SlotState], id: SnapshotId) -> int | None:
     return next((i for i, slot in enumerate(slots) if slot.id == id), None)
 
 
-def overwritable(slots: Sequence[SlotState], watermark: SnapshotId | None) -> int | None:
+def overwritable(
+    slots: Sequence[SlotState], watermark: SnapshotId | None, pinned: Collection[SnapshotId] = ()
+) -> int | None:
     """The slot to fill next: a free one, else the oldest sealed one that is older than the watermark, else None.
 
     The watermark itself, and everything newer, is never offered: until a newer snapshot is complete on every rank, that
-    is what the job would go back to.
+    is what the job would go back to. Nor is what is *pinned*: it is being spilled.
     """
     free = next((i for i, slot in enumerate(slots) if slot.stage is Stage.FREE), None)
     if free is not None or watermark is None:
@@ -90,6 +92,6 @@ def overwritable(slots: Sequence[SlotState], watermark: SnapshotId | None) -> in
     old = [
         (slot.id, i)
         for i, slot in enumerate(slots)
-        if slot.stage is Stage.SEALED and slot.id is not None and slot.id < watermark
+        if slot.stage is Stage.SEALED and slot.id is not None and slot.id < watermark and slot.id not in pinned
     ]
     return min(old)[1] if old else None

@@ -170,8 +170,24 @@ def test_replicas_that_are_alike_or_unknown_go_on() -> None:
 
 
 def test_the_verdict_passes_on_what_any_rank_said() -> None:
-    said = facts(Agreed(7), stop=True, busy_us=1234, relayout=True)
-    assert settled(Agreed(7), said, wanted=False)[1] == Verdict(False, None, relayout=True, stop=True, busy_us=1234)
+    said = facts(Agreed(7), busy_us=1234, relayout=True, due=2)
+    assert settled(Agreed(7), said, wanted=False)[1] == Verdict(False, None, relayout=True, busy_us=1234, due=2)
+
+
+def test_a_preemption_notice_asks_for_a_snapshot() -> None:
+    said = facts(Agreed(7), 7, stop=True)
+    assert settled(Agreed(7), said, wanted=False)[1] == Verdict(True, None, stop=True)
+    unable = facts(Agreed(7), 7, stop=True, able=False)
+    assert settled(Agreed(7), unable, wanted=False)[1] == Verdict(False, "not-able", stop=True)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"), [(NONE, NONE, 3), (NONE, 5, 3), (5, 6, 3), (5, 5, 5), (2, 2, 3)], ids=str
+)
+def test_a_snapshot_is_persisted_once_all_ranks_name_it(low: int, high: int, expected: int) -> None:
+    before = Agreed(7, persisted=3)
+    said = facts(before, 7, low_persisted=low, high_persisted=high)
+    assert settled(before, said, wanted=False)[0].persisted == expected
 
 
 @pytest.mark.parametrize(
