@@ -5,7 +5,7 @@ The plan explains itself: for every image, where it comes from; for every newer 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from .beat import NONE
@@ -62,6 +62,38 @@ class Rebuilt:
 
 
 @dataclass(frozen=True, slots=True)
+class InTier:
+    """Images of one snapshot that an agent finds in a tier.
+
+    Attributes:
+        tier: its index; 0 is the nearest.
+        ranks: half-open ranges of the ranks whose images are there.
+    """
+
+    id: SnapshotId
+    world: int
+    tier: int
+    ranks: tuple[tuple[int, int], ...]
+    agent: str
+
+    def holds(self, rank: int) -> bool:
+        """Whether that rank's image is there."""
+        return any(first <= rank < end for first, end in self.ranks)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An image that comes from a tier, and the agents that can read it there."""
+
+    rank: int
+    tier: int
+    agents: tuple[str, ...]
+
+
+Origin = Held | Rebuilt | Stored
+
+
+@dataclass(frozen=True, slots=True)
 class Prospect:
     """Whether one snapshot can be restored, and how.
 
@@ -72,7 +104,7 @@ class Prospect:
     """
 
     id: SnapshotId
-    sources: tuple[Held | Rebuilt, ...]
+    sources: tuple[Origin, ...]
     reason: str | None
     complete: bool
 
@@ -98,7 +130,7 @@ class Plan:
     """
 
     chosen: SnapshotId | None
-    sources: tuple[Held | Rebuilt, ...]
+    sources: tuple[Origin, ...]
     rejected: tuple[Rejected, ...]
     loss: str | None
 
@@ -115,9 +147,11 @@ class Plan:
         return "\n".join(lines)
 
 
-def _words(source: Held | Rebuilt) -> str:
+def _words(source: Origin) -> str:
     if isinstance(source, Held):
         return f"{source.path} of agent {source.agent}, {source.image_bytes} bytes"
+    if isinstance(source, Stored):
+        return f"held by nobody; read from tier {source.tier} by {', '.join(source.agents)}"
     return f"held by nobody; rebuilt with the parity of {', '.join(source.agents)}"
 
 
@@ -127,8 +161,10 @@ def plan(
     damaged: Iterable[tuple[SnapshotId, int]] = (),
     parities: Iterable[HeldParity] = (),
     hopeless: Iterable[tuple[SnapshotId, int]] = (),
+    stored: Iterable[InTier] = (),
+    unreadable: Iterable[tuple[SnapshotId, int, int]] = (),
 ) -> Plan:
-    """Choose the newest snapshot all of whose *world* images are held, or can be rebuilt.
+    """Choose the newest snapshot all of whose *world* images are held, can be rebuilt, or lie in a tier.
 
     Args:
         held: every sealed image that any agent reports; order and repetitions do not matter.
@@ -137,10 +173,12 @@ def plan(
         parities: every sealed parity that any agent reports. An image is rebuilt only of a snapshot known to have been
             complete: of any other, nobody knows whether the lost rank had sealed it.
         hopeless: (snapshot, rank) pairs that could not be rebuilt.
+        stored: what any agent finds in the tiers.
+        unreadable: (snapshot, rank, tier) of images that could not be read there.
     """
     rejected: list[Rejected] = []
     known: set[SnapshotId] = set()
-    for prospect in prospects(held, world, damaged, parities, hopeless):
+    for prospect in prospects(held, world, damaged, parities, hopeless, stored, unreadable):
         known |= {prospect.id} if prospect.complete else set()
         if prospect.reason is None:
             return Plan(prospect.id, prospect.sources, tuple(rejected), _loss(rejected, known))
@@ -154,6 +192,8 @@ def prospects(
     damaged: Iterable[tuple[SnapshotId, int]] = (),
     parities: Iterable[HeldParity] = (),
     hopeless: Iterable[tuple[SnapshotId, int]] = (),
+    stored: Iterable[InTier] = (),
+    unreadable: Iterable[tuple[SnapshotId, int, int]] = (),
 ) -> Iterator[Prospect]:
     """Every snapshot that anybody holds or knows of, newest first. Arguments as for ``plan``.
 
@@ -166,40 +206,65 @@ def prospects(
     guards: dict[SnapshotId, list[HeldParity]] = {}
     for parity in parities:
         guards.setdefault(parity.id, []).append(parity)
-    known = known_complete(images)
-    for id in sorted(images.keys() | known, reverse=True):
+    tiers: dict[SnapshotId, list[InTier]] = {}
+    for found in sorted(stored, key=lambda found: (found.tier, found.agent)):
+        tiers.setdefault(found.id, []).append(found)
+    unread = frozenset(unreadable)
+    known = known_complete(images) | {id for id, parts in tiers.items() if _whole_in_some_tier(parts)}
+    for id in sorted(images.keys() | tiers.keys() | known, reverse=True):
         good = [image for image in images.get(id, []) if (id, image.rank) not in bad]
         lost = frozenset(rank for its, rank in beyond if its == id)
         spoiled = frozenset(rank for its, rank in bad if its == id)
         help_ = guards.get(id, []) if id in known else []
-        ranks = max((image.world for image in images.get(id, [])), default=0) if world is None else world
-        sources, reason = _sources(images.get(id, []), good, help_, ranks, lost, spoiled)
+        worlds = {image.world for image in images.get(id, [])} | {part.world for part in tiers.get(id, [])}
+        ranks = max(worlds, default=0) if world is None else world
+        below = {rank: source for rank in range(ranks) if (source := _stored(id, rank, tiers.get(id, []), unread))}
+        sources, reason = _sources(worlds, good, help_, ranks, lost, spoiled, below)
         if reason is not None and id in guards and id not in known:
             reason += "; not known to have been complete, so nothing of it may be rebuilt"
         yield Prospect(id, sources, reason, id in known)
 
 
+def _whole_in_some_tier(parts: Sequence[InTier]) -> bool:
+    """Whether one tier has the images of all ranks, wherever its parts are."""
+    return any(
+        all(any(part.holds(rank) for part in parts if part.tier == tier) for rank in range(parts[0].world))
+        for tier in {part.tier for part in parts}
+    )
+
+
+def _stored(
+    id: SnapshotId, rank: int, parts: Sequence[InTier], unread: frozenset[tuple[SnapshotId, int, int]]
+) -> Stored | None:
+    """The nearest tier that has the image of *rank*. *parts* are of snapshot *id*, nearest first."""
+    there = [part for part in parts if part.holds(rank) and (id, rank, part.tier) not in unread]
+    if not there:
+        return None
+    return Stored(rank, there[0].tier, tuple(part.agent for part in there if part.tier == there[0].tier))
+
+
 def _sources(
-    images: Sequence[Held],
+    worlds: Collection[int],
     good: Sequence[Held],
     parities: Sequence[HeldParity],
     world: int,
     lost: frozenset[int],
     spoiled: frozenset[int],
-) -> tuple[tuple[Held | Rebuilt, ...], str | None]:
-    """A source for each rank's image, or why that cannot be."""
-    if not images:
+    below: Mapping[int, Stored],
+) -> tuple[tuple[Origin, ...], str | None]:
+    """A source for each rank's image, or why that cannot be. *below*: what tiers have."""
+    if not worlds:
         return (), "known to have been complete, but no image of it is left"
-    worlds = sorted({image.world for image in images})
-    if worlds != [world]:
-        return (), f"taken by {' or '.join(map(str, worlds))} ranks, and this job has {world}"
-    by_rank: dict[int, Held | Rebuilt] = {}
+    if set(worlds) != {world}:
+        return (), f"taken by {' or '.join(map(str, sorted(worlds)))} ranks, and this job has {world}"
+    by_rank: dict[int, Origin] = {}
     for image in sorted(good, key=lambda image: (image.agent, image.path)):
         by_rank.setdefault(image.rank, image)
     there = frozenset(by_rank)
     for rank in range(world):
         if rank not in there and rank not in lost and (rebuilt := how_rebuilt(rank, there, parities)) is not None:
             by_rank[rank] = rebuilt
+    by_rank = {**below, **by_rank}
     missing = [rank for rank in range(world) if rank not in by_rank]
     if missing:
         words = [f"rank {rank} {'damaged' if rank in spoiled else 'missing'}" for rank in missing[:8]]

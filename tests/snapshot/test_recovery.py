@@ -7,7 +7,7 @@ from itertools import permutations
 
 from holdfast.snapshot.beat import NONE
 from holdfast.snapshot.record import SnapshotId
-from holdfast.snapshot.recovery import Held, Plan, Rejected, plan
+from holdfast.snapshot.recovery import Held, InTier, Plan, Rejected, Stored, plan
 
 RUN, TWIN, NEXT = (run * 32 for run in "abc")
 
@@ -131,3 +131,46 @@ def test_the_plan_explains_itself() -> None:
 def test_images_that_disagree_on_the_number_of_ranks() -> None:
     held = [image(id(5), 0, world=1), image(id(5), 0, world=2, agent="n1")]
     assert plan(held, 2) == plan(held[::-1], 2)
+
+
+def in_tier(snapshot: SnapshotId, *ranks: tuple[int, int], world: int = 2, tier: int = 0, agent: str = "n1") -> InTier:
+    return InTier(snapshot, world, tier, ranks, agent)
+
+
+def test_a_tier_gives_what_memory_lost() -> None:
+    a = id(5)
+    found = plan([], 2, stored=[in_tier(a, (0, 2))])
+    assert (found.chosen, found.sources) == (a, (Stored(0, 0, ("n1",)), Stored(1, 0, ("n1",))))
+    assert "read from tier 0 by n1" in found.explain()
+
+
+def test_memory_comes_before_tiers_and_near_tiers_before_far_ones() -> None:
+    a = id(5)
+    held = image(a, 0)
+    stored = [in_tier(a, (0, 2), tier=1), in_tier(a, (1, 2), tier=0, agent="n2"), in_tier(a, (0, 2), tier=0)]
+    assert plan([held], 2, stored=stored).sources == (held, Stored(1, 0, ("n1", "n2")))
+    assert plan([held], 2, stored=stored, unreadable=[(a, 1, 0)]).sources == (held, Stored(1, 1, ("n1",)))
+
+
+def test_newer_in_memory_alone_is_passed_over_for_what_a_tier_has_whole() -> None:
+    a, b = id(5), id(9)
+    held = image(b, 0)
+    found = plan([held], 2, stored=[in_tier(a, (0, 2)), in_tier(b, (0, 1))])
+    assert found.chosen == a
+    assert [r.id for r in found.rejected] == [b]
+
+
+def test_parts_of_node_local_tiers_make_a_whole() -> None:
+    a = id(5)
+    parts = [in_tier(a, (0, 1), agent="n1"), in_tier(a, (1, 2), agent="n2")]
+    assert plan([], 2, stored=parts).sources == (Stored(0, 0, ("n1",)), Stored(1, 0, ("n2",)))
+    assert plan([], 2, stored=parts[:1]).chosen is None
+    assert plan([], 2, stored=parts[:1]).loss is None  # a spill that was cut short: nothing was persisted
+    assert plan([], 2, stored=parts, unreadable=[(a, 1, 0)]).loss is not None  # it was whole, and is not any more
+
+
+def test_a_tier_of_another_world_is_passed_over() -> None:
+    a = id(5)
+    found = plan([], 2, stored=[in_tier(a, (0, 3), world=3)])
+    assert found.chosen is None
+    assert "taken by 3 ranks" in found.rejected[0].reason
