@@ -20,6 +20,10 @@
     │   ├── LayoutMismatch          the live model and the snapshot differ                  repair   15
     │   ├── RestoreDiverged         ranks that must agree hold different bytes              give up  16
     │   └── SourceGone              a peer no longer holds the bytes it was asked for       give up  19
+    ├── TierError
+    │   ├── TierUnreachable         a tier does not answer, or refuses the operation        retry    20
+    │   ├── TierFull                a tier has no room for more                             repair   21
+    │   └── ObjectMissing           an object that a tier should hold is not there          repair   22
     └── PeerFailed                  another rank could not do its part                      repair   17
 
 The number is the exit code of the command line for that kind of failure.
@@ -167,6 +171,31 @@ class SourceGone(SnapshotError):
     """Another agent no longer holds the bytes that it was asked for: their slot has been filled anew."""
 
     exit_code = 19
+
+
+class TierError(HoldfastError):
+    """Something about a tier below memory. The message names the tier and the operation."""
+
+
+class TierUnreachable(TierError):
+    """A tier does not answer in time, refuses the operation, or its device fails."""
+
+    remedy = Remedy.RETRY
+    exit_code = 20
+
+
+class TierFull(TierError):
+    """A tier has no room for more: its disk or a quota is full. What was being written is removed again."""
+
+    remedy = Remedy.REPAIR
+    exit_code = 21
+
+
+class ObjectMissing(TierError):
+    """An object that a tier should hold is not there. Another tier may have it."""
+
+    remedy = Remedy.REPAIR
+    exit_code = 22
 
 
 class PeerFailed(HoldfastError):
