@@ -7,11 +7,11 @@ due in a slower one is due in the faster ones too, as it is copied from there.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Self
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from ..errors import ConfigError
 from .quantity import parse_bytes, parse_seconds
@@ -78,7 +78,11 @@ class Auto:
 
 
 Every = EverySteps | EverySeconds | Auto
-_EVERY: Final = {"steps": (EverySteps, int), "seconds": (EverySeconds, float), "mtbf_s": (Auto, float)}
+_EVERY: Final[dict[str, Callable[[Any], Every]]] = {
+    "steps": lambda value: EverySteps(int(value)),
+    "seconds": lambda value: EverySeconds(float(value)),
+    "mtbf_s": lambda value: Auto(float(value)),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +136,7 @@ class TierSettings:
         try:
             fields = json.loads(text)
             ((unit, amount),) = fields.pop("every").items()
-            kind, number = _EVERY[unit]
-            every = kind(number(amount))
-            settings = cls(every=every, **fields)
+            settings = cls(every=_EVERY[unit](amount), **fields)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             raise ConfigError(f"settings of a tier cannot be read: {text[:200]!r}") from error
         settings._check()
@@ -207,12 +209,12 @@ def parse_url(url: object) -> str:
 
 
 def _file_url(path: Path) -> str:
-    if ".." in path.parts:
-        raise ConfigError(f"tier {path}: '..' cannot be in it")
+    if ".." in path.parts or not str(path).isprintable():
+        raise ConfigError(f"tier {str(path)!r}: '..' cannot be in it, nor what cannot be printed")
     whole = Path.cwd() / path
     if whole == Path("/"):
         raise ConfigError("tier file:///: a folder is needed, not the root of the file system")
-    return urlsplit(whole.as_uri()).geturl()
+    return whole.as_uri()
 
 
 def _every(tier: Tier, what: str) -> Every:
