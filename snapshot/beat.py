@@ -27,7 +27,7 @@ class Facts:
             another one each beat, and then none but the newest would ever be heard of.
         able: no objection to a snapshot at this step.
         relayout: the structure of this rank's state changed, so a new layout is needed.
-        stop: a preemption notice arrived here.
+        stop, all_stop: a preemption notice arrived here; reduced, at any rank, and at all of them.
         busy_us: how long this rank's last step took, in microseconds.
         low_digest, high_digest: of a sample of what all ranks should hold alike, at the newest step taken; reduced, the
             range. ``UNKNOWN`` where a rank has none.
@@ -45,6 +45,7 @@ class Facts:
     able: bool = True
     relayout: bool = False
     stop: bool = False
+    all_stop: bool = False
     busy_us: int = 0
     low_digest: int = UNKNOWN
     high_digest: int = UNKNOWN
@@ -64,6 +65,7 @@ class Facts:
             int(self.able),
             -int(self.relayout),
             -int(self.stop),
+            int(self.all_stop),
             -self.busy_us,
             self.low_digest,
             -self.high_digest if self.high_digest != UNKNOWN else UNKNOWN,
@@ -75,11 +77,11 @@ class Facts:
     @classmethod
     def from_vector(cls, vector: Sequence[int]) -> Facts:
         """Inverse of ``to_vector``."""
-        first, last, taken, last_taken, complete, discarded, able, relayout, stop, busy, low, high, *spills = vector
-        due, low_persisted, high_persisted = spills
+        first, last, taken, last_taken, complete, discarded, able, relayout, *others = vector
+        stop, all_stop, busy, low, high, due, low_persisted, high_persisted = others
         return cls(
             first, -last, taken, -last_taken, complete, discarded if discarded != UNKNOWN else NONE,
-            bool(able), bool(relayout), bool(stop), -busy, low, -high if high != UNKNOWN else UNKNOWN,
+            bool(able), bool(relayout), bool(stop), bool(all_stop), -busy, low, -high if high != UNKNOWN else UNKNOWN,
             -due, low_persisted, -high_persisted,
         )  # fmt: skip
 
@@ -96,19 +98,22 @@ class Agreed:
         outstanding: steps taken after it, oldest first, not known complete everywhere.
         resume_at: no beat of a lower ordinal is started; brings ranks whose beats fell out of step together again.
         persisted: the newest step known to lie in the nearest tier as a whole, ``NONE`` before the first.
+        stopping: a preemption notice arrived at some rank. Who takes part in a beat has concluded the one before; so from
+            the next one on all ranks know of it before they wait for the others, and can wait for as long as it takes.
     """
 
     watermark: int = NONE
     outstanding: tuple[int, ...] = ()
     resume_at: int = 0
     persisted: int = NONE
+    stopping: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What a beat decided. ``reason`` says why no snapshot is taken, None if one is, or if none was wanted.
 
-    ``due``: how many tiers it is to be spilled to, from the nearest on. ``stop``: a preemption notice arrived somewhere.
+    ``due``: how many tiers it is to be spilled to, from the nearest on. ``stop``: this is the last step, as all ranks know.
     """
 
     take: bool
@@ -126,13 +131,14 @@ def settle(agreed: Agreed, facts: Facts, *, step: int, wanted: bool, slots: int)
         agreed: what the beats before this one led to.
         facts: reduced over all ranks.
         step: the step that the beat belongs to.
-        wanted: whether a snapshot of it is asked for (``every``); the same on all ranks. A preemption notice asks for one too.
+        wanted: whether a snapshot of it is asked for (``every``); the same on all ranks. The last step asks for one too.
         slots: how many slots each rank has; the same on all ranks.
 
     Returns:
         What is agreed now, and the verdict on *step*. With ``take``, the step is outstanding.
     """
-    aligned, wanted = facts.first_beat == facts.last_beat, wanted or facts.stop
+    aligned, last = facts.first_beat == facts.last_beat, agreed.stopping or facts.all_stop
+    wanted = wanted or last
     if facts.first_taken == facts.last_taken:
         outstanding = tuple(s for s in agreed.outstanding if s != facts.discarded)
         watermark = max([agreed.watermark, *(s for s in outstanding if s <= facts.complete)])
@@ -147,9 +153,7 @@ def settle(agreed: Agreed, facts: Facts, *, step: int, wanted: bool, slots: int)
     take = wanted and reason is None
     resume_at = agreed.resume_at if facts.first_beat == facts.last_beat else facts.last_beat + 1
     persisted = facts.low_persisted if facts.low_persisted == facts.high_persisted else NONE
-    now = Agreed(
-        watermark, (*outstanding, step) if take else outstanding, resume_at, max(agreed.persisted, persisted)
-    )
+    now = Agreed(watermark, (*outstanding, step) if take else outstanding, resume_at, max(agreed.persisted, persisted))
     return now, Verdict(take, reason, relayout, facts.stop, facts.busy_us, facts.due)
 
 

@@ -174,11 +174,17 @@ def test_the_verdict_passes_on_what_any_rank_said() -> None:
     assert settled(Agreed(7), said, wanted=False)[1] == Verdict(False, None, relayout=True, busy_us=1234, due=2)
 
 
-def test_a_preemption_notice_asks_for_a_snapshot() -> None:
-    said = facts(Agreed(7), 7, stop=True)
+def test_a_preemption_notice_at_one_rank_makes_the_next_step_the_last() -> None:
+    noticed, verdict = settled(Agreed(7), facts(Agreed(7), 7, stop=True), wanted=False)
+    assert (noticed, verdict) == (Agreed(7, stopping=True), Verdict(False))
+    assert settled(noticed, facts(noticed, 7), wanted=False)[1] == Verdict(True, None, stop=True)
+    unable = facts(noticed, 7, able=False)
+    assert settled(noticed, unable, wanted=False)[1] == Verdict(False, "not-able", stop=True)
+
+
+def test_a_preemption_notice_at_all_ranks_makes_this_step_the_last() -> None:
+    said = facts(Agreed(7), 7, stop=True, all_stop=True)
     assert settled(Agreed(7), said, wanted=False)[1] == Verdict(True, None, stop=True)
-    unable = facts(Agreed(7), 7, stop=True, able=False)
-    assert settled(Agreed(7), unable, wanted=False)[1] == Verdict(False, "not-able", stop=True)
 
 
 @pytest.mark.parametrize(
