@@ -33,6 +33,11 @@ PLACES: Final = frozenset(
         "guarded.heard",  # trainer: its node has all its parity of a snapshot, the other ranks do not know
         "complete.unmarked",  # trainer: a snapshot is protected everywhere, its slot does not say so yet
         "complete.marked",  # trainer: the slot says so
+        "spill.metadata",  # agent: a spill has described its arrays, none of them has a chunk
+        "spill.chunk",  # agent: one more chunk is written, perhaps not yet durable
+        "spill.written",  # agent: all of an image is written, perhaps not yet durable
+        "spill.settled",  # agent: all of it is durable, no entry says so
+        "spill.committed",  # agent: the entry is durable, nobody told
         "restore.planned",  # trainer: every rank knows the plan, nothing is applied
         "restore.inside-apply",  # trainer: some live tensors are overwritten
         "restore.applied",  # trainer: all is applied, newer leftovers not yet discarded

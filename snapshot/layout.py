@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import Corrupt
 
 ALIGNMENT = 64
-_FORMAT = 1
+_FORMAT = 2
 _DIMENSIONS = 64  # torch's own limit
 
 # Element sizes in bytes of every dtype that may lie in an image; names are torch's, without the "torch." prefix.
@@ -39,6 +39,10 @@ class Slice:
     ``start[d] .. start[d] + extent[d]`` is the half-open range along dimension d. A 0-d tensor has empty tuples.
     ``members`` are the ranks that hold the very same box with the very same bytes, in rank order, or empty when only
     this rank does; what such ranks hold is copied once between them (``partition``).
+
+    ``chunk`` is the regular grid on which *all* ranks of the job cut this tensor, the same on each of them: every slice
+    that holds anything begins at a multiple of it in every dimension, ends at one or at the tensor's end, and is no
+    longer than it but in dimension 0. Where it is None, what this rank holds of the tensor is stored by itself.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Slice:
     extent: tuple[int, ...]
     device: str = "cpu"  # device *type* the tensor lived on; a hint for tensors that restore has to create
     members: tuple[int, ...] = ()
+    chunk: tuple[int, ...] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -58,19 +63,26 @@ class Slice:
         """How many rows (indices of dimension 0) the slice has; a 0-d slice is one row."""
         return self.extent[0] if self.extent else 1
 
+    @property
+    def on_grid(self) -> bool:
+        """Whether the slice keeps to its ``chunk``; true of one that has none, and of one that holds nothing."""
+        if self.chunk is None:
+            return True
+        bounds = zip(self.shape, self.start, self.extent, self.chunk, strict=True)
+        return self.nbytes == 0 or all(
+            s % c == 0 and ((s + e) % c == 0 or s + e == n) and (d == 0 or e <= c)
+            for d, (n, s, e, c) in enumerate(bounds)
+        )
+
     def narrowed(self, first: int, count: int) -> Slice:
-        """The rows ``first .. first + count`` of this slice, counted from its own start."""
+        """The rows ``first .. first + count`` of this slice, counted from its own start.
+
+        A part that does not keep to the grid has none.
+        """
         if not self.extent:
             return self
-        return Slice(
-            self.name,
-            self.dtype,
-            self.shape,
-            (self.start[0] + first, *self.start[1:]),
-            (count, *self.extent[1:]),
-            self.device,
-            self.members,
-        )
+        part = replace(self, start=(self.start[0] + first, *self.start[1:]), extent=(count, *self.extent[1:]))
+        return part if part.on_grid else replace(part, chunk=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +116,14 @@ class Layout:
         return cls(number, tuple(placed), offset)
 
     def to_text(self) -> bytes:
-        """Canonical JSON; equal layouts give equal bytes. Member lists are written once and referred to by index."""
+        """Canonical JSON; equal layouts give equal bytes. Member lists and chunks are written once, and referred to by index."""
         groups = sorted({p.slice.members for p in self.placed})
         index = {members: i for i, members in enumerate(groups)}
+        chunks = sorted({p.slice.chunk for p in self.placed}, key=lambda chunk: (chunk is not None, chunk or ()))
+        grid = {chunk: i for i, chunk in enumerate(chunks)}
         rows = [
             [p.slice.name, p.slice.dtype, p.slice.shape, p.slice.start, p.slice.extent, p.slice.device,
-             index[p.slice.members], p.offset]
+             index[p.slice.members], grid[p.slice.chunk], p.offset]
             for p in self.placed
         ]  # fmt: skip
         document = {
@@ -117,6 +131,7 @@ class Layout:
             "number": self.number,
             "values_offset": self.values_offset,
             "groups": groups,
+            "chunks": chunks,
             "slices": rows,
         }
         return json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
@@ -129,7 +144,8 @@ class Layout:
             if document["format"] != _FORMAT:
                 raise Corrupt(f"layout of format {document['format']!r}, this version reads {_FORMAT}")
             groups = [tuple(_naturals(g)) for g in document["groups"]]
-            placed = tuple(_placed(row, groups) for row in document["slices"])
+            chunks = [None if c is None else tuple(_naturals(c)) for c in document["chunks"]]
+            placed = tuple(_placed(row, groups, chunks) for row in document["slices"])
             layout = cls(_natural(document["number"]), placed, _natural(document["values_offset"]))
         except Corrupt:
             raise
@@ -160,18 +176,39 @@ def _naturals(values: Any) -> tuple[int, ...]:
     return tuple(_natural(v) for v in values)
 
 
-def _placed(row: Sequence[Any], groups: Sequence[tuple[int, ...]]) -> Placed:
-    name, dtype, shape, start, extent, device, group, offset = row
+def _placed(row: Sequence[Any], groups: Sequence[tuple[int, ...]], chunks: Sequence[tuple[int, ...] | None]) -> Placed:
+    name, dtype, shape, start, extent, device, group, chunk, offset = row
     if type(name) is not str or type(device) is not str or dtype not in ITEM_BYTES:
         raise Corrupt(f"layout entry {name!r} has dtype {dtype!r} on {device!r}")
-    piece = Slice(name, dtype, _naturals(shape), _naturals(start), _naturals(extent), device, groups[_natural(group)])
+    piece = Slice(
+        name,
+        dtype,
+        _naturals(shape),
+        _naturals(start),
+        _naturals(extent),
+        device,
+        groups[_natural(group)],
+        chunks[_natural(chunk)],
+    )
     if (
         len(piece.shape) > _DIMENSIONS
         or not len(piece.shape) == len(piece.start) == len(piece.extent)
         or any(s + e > n for s, e, n in zip(piece.start, piece.extent, piece.shape, strict=True))
     ):
         raise Corrupt(f"layout entry {name!r} reaches outside its tensor")
+    if not _has_grid(piece):
+        raise Corrupt(f"layout entry {name!r} is not cut on its grid")
     return Placed(piece, _natural(offset))
+
+
+def _has_grid(piece: Slice) -> bool:
+    """Whether the slice's chunk, if it has one, is one of its tensor, and the slice keeps to it."""
+    if piece.chunk is None:
+        return True
+    sane = len(piece.chunk) == len(piece.shape) and all(
+        1 <= c <= max(n, 1) for c, n in zip(piece.chunk, piece.shape, strict=True)
+    )
+    return sane and piece.on_grid
 
 
 def differences(wanted: Iterable[Slice], held: Iterable[Slice]) -> list[str]:
