@@ -38,9 +38,20 @@ PLACES: Final = frozenset(
         "spill.written",  # agent: all of an image is written, perhaps not yet durable
         "spill.settled",  # agent: all of it is durable, no entry says so
         "spill.committed",  # agent: the entry is durable, nobody told
+        "spill.temporary-made",  # whoever spills: an object's temporary file is there, empty
+        "spill.temporary-written",  # all its bytes are written, not synced
+        "spill.temporary-synced",  # synced, not yet under its name
+        "spill.renamed",  # the object can be seen; its folders are not synced
+        "spill.folders-synced",  # it is durable, and nobody told
+        "spill.drafts-synced",  # the temporary files of many objects are synced, none has its name
+        "spill.drafts-renamed",  # all have their names, the folders are not synced
         "restore.planned",  # trainer: every rank knows the plan, nothing is applied
         "restore.inside-apply",  # trainer: some live tensors are overwritten
         "restore.applied",  # trainer: all is applied, newer leftovers not yet discarded
+        "prune.before-tombstone",  # whoever prunes: a snapshot is to go, nothing of it is touched
+        "prune.buried",  # its tombstone stands, all of it is still there
+        "prune.inside",  # some of its entries or data are gone
+        "prune.emptied",  # nothing but its tombstone is left
     }
 )
 
