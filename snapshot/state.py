@@ -13,11 +13,12 @@ random generators. Names, not positions, tie a value to its owner when it comes 
 
 from __future__ import annotations
 
+import math
 import operator
 import random
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Final, Protocol, runtime_checkable
 
@@ -26,13 +27,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from ..errors import Corrupt, LayoutMismatch, StateRefused
 from .codec import Raw, Tagged
 from .layout import ITEM_BYTES, Slice, align, differences
+from .partition import chunk_bytes, gridded
 
 _WRAPPERS: Final = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 
@@ -309,7 +311,10 @@ class TrainingState:
 
     def predicted_bytes(self) -> int:
         """An upper estimate of this rank's share of the tensors, with the state that optimizers will create."""
-        nbytes = sum(align(item.slice.nbytes) // _copies(item.slice.members) for item in self.survey().items)
+        slices = gridded([item.slice for item in self.survey().items])
+        nbytes = sum(align(piece.nbytes) // _copies(piece.members) for piece in slices)
+        # A share is off its fair part by at most a chunk; with the state to come, what is shared is cut less finely.
+        nbytes += 4 * max((min(chunk_bytes(p), p.nbytes) for p in slices if p.members), default=0)
         replicas = {id(owner.parameter): _copies(owner.replicas) for owner in self._owners()}
         absent = [o for o in self.optimizers.values() if not o.state]
         return nbytes + sum(_predicted_state_bytes(optimizer, replicas) for optimizer in absent)
@@ -401,11 +406,11 @@ def _item(name: str, source: torch.Tensor, replicas: tuple[int, ...], *, lazy: b
     if is_lazy(source):
         raise StateRefused(f"{name}: not initialised yet; run one forward pass before the Checkpointer is made")
     shape, start, extent = tuple(source.shape), (0,) * source.ndim, tuple(source.shape)
-    local = source
+    local, chunk = source, _plain_chunk(shape, replicas)
     if isinstance(source, DTensor):
         if any(placement.is_partial() for placement in source.placements):
             raise StateRefused(f"{name}: a DTensor with pending partial sums {source.placements} cannot be captured")
-        replicas = _mesh_replicas(source)
+        replicas, chunk = _mesh_replicas(source), _mesh_chunk(source)
         local = source.to_local()
         chunks = source.__create_chunk_list__()  # type: ignore[no-untyped-call]
         if len(chunks) != 1:
@@ -424,7 +429,46 @@ def _item(name: str, source: torch.Tensor, replicas: tuple[int, ...], *, lazy: b
         )
     if tuple(local.shape) != extent:  # an empty shard may have lost its other dimensions
         local = local.reshape(extent)
-    return Item(Slice(name, dtype, shape, start, extent, local.device.type, replicas), local, source, lazy)
+    piece = Slice(name, dtype, shape, start, extent, local.device.type, replicas, chunk)
+    return Item(piece if piece.on_grid else replace(piece, chunk=None), local, source, lazy)
+
+
+def _plain_chunk(shape: tuple[int, ...], replicas: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The grid of a plain tensor: one box, if all ranks of the job hold the same one."""
+    alike = len(replicas) == _world() or _world() == 1
+    return tuple(max(size, 1) for size in shape) if alike else None
+
+
+def _mesh_chunk(tensor: DTensor) -> tuple[int, ...] | None:
+    """The grid on which all ranks of the job cut *tensor*; None if some hold no part of it, or it is no regular grid.
+
+    Every rank must come to the same answer: it follows from the mesh, the placements and the tensor's shape alone.
+    """
+    mesh = tensor.device_mesh
+    if sorted(mesh.mesh.flatten().tolist()) != list(range(_world())):
+        return None
+    parts: list[list[int]] = [[] for _ in tensor.shape]
+    strided = set[int]()
+    for placement, size in zip(tensor.placements, mesh.shape, strict=True):
+        if placement.is_replicate() or size == 1:
+            continue
+        dimension = getattr(placement, "dim", None)
+        if dimension is None:
+            return None
+        parts[dimension].append(size)
+        if type(placement) is not Shard:  # FSDP on top of tensor parallelism: cut in the other order
+            strided.add(dimension)
+    grid: list[int] = []
+    for dimension, (length, counts) in enumerate(zip(tensor.shape, parts, strict=True)):
+        # One cut is that of torch.chunk, whose last parts may be shorter or empty; several make a grid if they are even.
+        if (len(counts) > 1 or dimension in strided) and length % math.prod(counts):
+            return None
+        grid.append(max(-(-length // math.prod(counts)), 1))
+    return tuple(grid)
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _mesh_replicas(tensor: DTensor) -> tuple[int, ...]:

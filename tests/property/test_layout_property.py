@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,7 +24,18 @@ def slices(draw: st.DrawFn) -> Slice:
     extent = [draw(st.integers(0, n - s)) for n, s in zip(shape, start, strict=True)]
     members = draw(st.just(()) | st.sets(st.integers(0, 9), min_size=2).map(lambda ranks: tuple(sorted(ranks))))
     dtype, device = draw(st.sampled_from(sorted(ITEM_BYTES))), draw(st.sampled_from(["cpu", "cuda", ""]))
-    return Slice(draw(names), dtype, tuple(shape), tuple(start), tuple(extent), device, members)
+    piece = Slice(draw(names), dtype, tuple(shape), tuple(start), tuple(extent), device, members)
+    return replace(piece, **on_a_grid(draw, shape)) if draw(st.booleans()) else piece
+
+
+def on_a_grid(draw: st.DrawFn, shape: list[int]) -> dict[str, tuple[int, ...]]:
+    """Start, extent and chunk of a slice of some whole chunks in dimension 0, and one in each other."""
+    chunk = [draw(st.integers(1, max(n, 1))) for n in shape]
+    start = [c * draw(st.integers(0, max(n - 1, 0) // c)) for n, c in zip(shape, chunk, strict=True)]
+    extent = [min(c, n - s) for n, s, c in zip(shape, start, chunk, strict=True)]
+    if shape:
+        extent[0] = min(chunk[0] * draw(st.integers(1, 3)), shape[0] - start[0])
+    return {"start": tuple(start), "extent": tuple(extent), "chunk": tuple(chunk)}
 
 
 layouts = st.builds(Layout.of, st.integers(0, 2**31), st.lists(slices(), max_size=6))
@@ -42,6 +54,8 @@ def read_or_corrupt(text: bytes) -> None:
         end = placed.end
         for s, e, n in zip(placed.slice.start, placed.slice.extent, placed.slice.shape, strict=True):
             assert 0 <= s <= s + e <= n
+        assert placed.slice.on_grid
+        assert placed.slice.chunk is None or min(placed.slice.chunk, default=1) > 0
     assert layout.values_offset >= end
     assert layout.to_text() == text
 
@@ -121,6 +135,7 @@ def test_narrowing_stays_inside(piece: Slice, data: st.DataObject) -> None:
         return
     assert (part.start[0], part.rows) == (piece.start[0] + first, count)
     assert part.nbytes * piece.rows == piece.nbytes * count
+    assert part.chunk in (None, piece.chunk)
     assert Layout.from_text(Layout.of(1, [part]).to_text()).placed[0].slice == part
 
 

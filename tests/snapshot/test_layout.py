@@ -22,7 +22,7 @@ def document(**changes: Any) -> dict[str, Any]:
 def row(**changes: Any) -> list[Any]:
     """The entry of one slice of 12 rows; *changes* replace its fields by name."""
     fields = {"name": "w", "dtype": "uint8", "shape": [12], "start": [0], "extent": [12], "device": "cpu", "group": 0,
-              "offset": 0}  # fmt: skip
+              "chunk": 0, "offset": 0}  # fmt: skip
     return list({**fields, **changes}.values())
 
 
@@ -75,6 +75,7 @@ def test_the_text_is_canonical() -> None:
     assert Layout.from_text(text) == layout
     assert Layout.from_text(text).to_text() == text
     assert json.loads(text)["groups"] == [[], [0, 2]]
+    assert json.loads(text)["chunks"] == [None]
     assert b" " not in text
 
 
@@ -87,7 +88,7 @@ def test_names_may_hold_anything() -> None:
     "text",
     [
         b"", b"{", b"null", b"[]", b"3", b'"text"', b"{}", b"\xff\xfe", b"\0" * 64, b"[" * 100_000, b"1" * 5000,
-        json.dumps(document(format=2)).encode(),
+        json.dumps(document(format=1)).encode(),
         json.dumps(document(format="1")).encode(),
         json.dumps(document(format=float("nan"))).encode(),
     ],
@@ -98,7 +99,7 @@ def test_text_that_is_no_layout(text: bytes) -> None:
         Layout.from_text(text)
 
 
-@pytest.mark.parametrize("missing", ["format", "number", "values_offset", "groups", "slices"])
+@pytest.mark.parametrize("missing", ["format", "number", "values_offset", "groups", "chunks", "slices"])
 def test_a_missing_entry(missing: str) -> None:
     with pytest.raises(Corrupt, match="layout"):
         read({key: value for key, value in document().items() if key != missing})
@@ -115,7 +116,7 @@ def test_numbers_are_natural(entry: str, value: Any) -> None:
     "changes",
     [
         {"name": 3}, {"name": None}, {"dtype": "float31"}, {"dtype": ["uint8"]}, {"dtype": {}}, {"dtype": None},
-        {"device": 0}, {"group": 1}, {"group": -1}, {"group": True}, {"group": None}, {"offset": 1}, {"offset": -64},
+        {"device": 0}, {"chunk": 1}, {"chunk": -1}, {"chunk": None}, {"group": 1}, {"group": -1}, {"group": True}, {"group": None}, {"offset": 1}, {"offset": -64},
         {"offset": 0.0}, {"shape": 12}, {"shape": None}, {"shape": [-12]}, {"shape": [12, 1]}, {"start": []},
         {"start": [1]}, {"start": [2**63]}, {"start": [-1]}, {"extent": [13]}, {"extent": [[12]]}, {"extent": "12"},
         {"surplus": 0},
@@ -144,6 +145,52 @@ def test_members_that_are_no_ranks(members: Any) -> None:
         read(document(groups=[members], slices=[row()]))
 
 
+@pytest.mark.parametrize(
+    "chunk", [[], [12, 1], [0], [-1], [13], ["12"], 12, {}, True, [5], [[12]]], ids=str
+)  # fmt: skip
+def test_chunks_that_are_no_grid_of_the_tensor(chunk: Any) -> None:
+    """Also one that the slice, of rows 4 to 8 of 12, does not keep to."""
+    changes = {"start": [4], "extent": [4]}
+    assert read(document(groups=[[]], chunks=[[4]], slices=[row(**changes)])).placed[0].slice.chunk == (4,)
+    assert read(document(groups=[[]], chunks=[[2]], slices=[row(**changes)])).placed[0].slice.chunk == (2,)
+    with pytest.raises(Corrupt, match="layout"):
+        read(document(groups=[[]], chunks=[chunk], slices=[row(**changes)]))
+
+
+def test_chunks_are_written_once() -> None:
+    scalar, weight = Slice("s", "int8", (), (), (), chunk=()), Slice("w", "int8", (4, 3), (2, 0), (2, 3), chunk=(2, 3))
+    layout = Layout.of(1, [weight, SCALE, scalar, weight])
+    assert json.loads(layout.to_text())["chunks"] == [None, [], [2, 3]]
+    assert Layout.from_text(layout.to_text()) == layout
+
+
+def test_an_older_layout_is_refused_by_its_format() -> None:
+    """Before there were grids: a slot that an earlier version has left."""
+    old = {"format": 1, "number": 1, "values_offset": 0, "groups": [], "slices": []}
+    with pytest.raises(Corrupt, match="layout of format 1, this version reads 2"):
+        read(old)
+
+
+@pytest.mark.parametrize(
+    ("start", "extent", "fits"),
+    [
+        ((0, 0), (4, 3), True), ((4, 3), (4, 3), True), ((8, 6), (1, 1), True), ((0, 0), (9, 3), True), ((0, 0), (8, 3), True),
+        ((0, 0), (3, 3), False), ((2, 0), (4, 3), False), ((0, 0), (4, 2), False), ((0, 0), (4, 6), False),
+        ((0, 1), (4, 3), False), ((1, 1), (0, 2), True), ((9, 0), (0, 3), True),
+    ],
+)  # fmt: skip
+def test_keeping_to_a_grid(start: tuple[int, int], extent: tuple[int, int], fits: bool) -> None:
+    """Whole chunks along the rows, one chunk along all else; what holds nothing may lie anywhere."""
+    assert Slice("w", "int8", (9, 7), start, extent, chunk=(4, 3)).on_grid is fits
+
+
+def test_a_part_that_leaves_the_grid_has_none() -> None:
+    whole = Slice("w", "int8", (9, 3), (0, 0), (9, 3), chunk=(4, 3))
+    assert whole.narrowed(4, 5).chunk == (4, 3)
+    assert whole.narrowed(4, 4).chunk == (4, 3)
+    assert whole.narrowed(4, 3).chunk is None
+
+
 @pytest.mark.parametrize(("size", "dimensions"), [(10**4000, 2), (2**63, 1), (2**62, 300)])
 def test_sizes_beyond_all_measure(size: int, dimensions: int) -> None:
     """Also products of them, which have too many digits to be printed."""
@@ -158,7 +205,7 @@ def test_sizes_beyond_all_measure(size: int, dimensions: int) -> None:
         json.dumps(document(), separators=(", ", ": ")).encode(),
         json.dumps(document(surplus=1), separators=(",", ":")).encode(),
         json.dumps(document(groups=[[]], slices=[row(shape="", start={}, extent=[])]), separators=(",", ":")).encode(),
-        json.dumps(document(groups=[[0, 2], []], slices=[]), separators=(",", ":")).encode(),
+        json.dumps(document(groups=[[0, 2], []], chunks=[], slices=[]), separators=(",", ":")).encode(),
     ],
 )
 def test_text_that_only_resembles_a_layout(text: bytes) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from holdfast.snapshot.layout import Slice
@@ -86,3 +88,38 @@ def test_content_does_not_depend_on_strides() -> None:
     dense = torch.randn(4, 6, dtype=torch.bfloat16)
     assert content_sum(dense) == content_sum(dense.t().contiguous().t())
     assert content_sum(dense) != content_sum(dense.t())
+
+
+def gridded(name: str, members: tuple[int, ...], value: float = 1.0, rows: int = 4) -> Item:
+    made = item(name, torch.full((rows,), value), members)
+    return replace(made, slice=replace(made.slice, chunk=(rows,)))
+
+
+def grids(ranks: list[list[Item]]) -> list[list[tuple[int, ...] | None]]:
+    """The chunks that each rank's slices keep."""
+    gathered = [sums(items) for items in ranks]
+    return [[s.chunk for s in confirmed([i.slice for i in items], gathered, r)[0]] for r, items in enumerate(ranks)]
+
+
+def test_grids_stay_where_all_agree() -> None:
+    ranks = [[gridded("a", (r % 2, r % 2 + 2)), gridded("b", ())] for r in range(4)]
+    assert grids(ranks) == [[(4,), (4,)]] * 4
+
+
+def test_no_rank_keeps_the_grid_of_what_some_replicas_hold_alone() -> None:
+    """Ranks 0 and 2 differ in their shard; 1 and 3 agree on theirs, and must not be the only ones in the array."""
+    ranks = [[gridded("a", (r % 2, r % 2 + 2), value=float(r == 2)), gridded("b", ())] for r in range(4)]
+    assert grids(ranks) == [[None, (4,)]] * 4
+
+
+def test_no_rank_uses_grids_that_others_see_otherwise() -> None:
+    for other in (gridded("a", (), rows=5), gridded("c", ()), item("a", torch.ones(4), ())):
+        assert grids([[gridded("a", ())], [gridded("a", ())], [other]]) == [[None]] * 3
+    assert grids([[gridded("a", ())], [gridded("a", (), value=3.0)]]) == [[(4,)]] * 2, "only the grid counts"
+    assert grids([[gridded("a", ())], [gridded("a", ()), item("own", torch.ones(2), ())]])[0] == [(4,)]
+
+
+def test_more_groups_than_can_be_compared_have_no_grid() -> None:
+    for count, kept in ((GROUPS - 1, True), (GROUPS, False), (GROUPS + 1, False)):
+        ranks = [[gridded(f"t{g}", (0, 1, *range(2, 2 + g))) for g in range(count)]] * (2 + count)
+        assert all((chunk is not None) is kept for rank in grids(ranks) for chunk in rank)
