@@ -1,145 +1,437 @@
-"""Tiers in a folder: of a local disk, or of a file system that several nodes share."""
+"""Tiers in a folder: of a local disk, or of a file system that several nodes share.
+
+An object is a plain file, so that any zarr reader finds what it expects. A put writes a temporary file beside it, syncs
+it, renames it, and syncs its folder and those above, up to the tier's own:
+
+    killed before the rename    the old object, or none, and a temporary file, which nobody takes for an object
+    killed after it             the new object
+    power cut before the last   the old object or the new one: the file was synced before it got its name
+    folder is synced
+
+Puts that may wait stay temporary files until ``settle``: then all are synced, then all renamed, then every folder is
+synced once. The first sync makes the file system commit what the others would wait for.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import errno
 import os
-import shutil
+import re
+import stat
+import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import Final, TypeVar
 
-from ..errors import Corrupt, ObjectMissing, TierFull, TierUnreachable
-from .store import TIMEOUT_S, Buffer, Found, checked, checked_prefix
+from ..crashpoints import reach
+from ..errors import Corrupt, HoldfastError, ObjectMissing, TierError, TierFull, TierUnreachable
+from .disk import Disk, quietly_unlink
+from .store import GET_BYTES, TIMEOUT_S, Buffer, Found, Names, checked, checked_prefix, is_key
+from .work import Work, in_thread, soon
 
-_TEMPORARY = ".tmp-"
+THREADS: Final = 4  # that many calls keep a disk busy; each has a bounce buffer of its own
+UNSYNCED_FILES: Final = (
+    128  # descriptors kept for settle: a file's failure to get to the disk is told to one who has it open
+)
+_TEMPORARY: Final = re.compile(r"\.tmp-([0-9a-f]{8})-([0-9]{1,10})-[0-9a-f]{32}", re.ASCII)
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_ABSENT: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG})
+Result = TypeVar("Result")
+
+
+@dataclass(eq=False, slots=True)
+class _Draft:
+    """A temporary file that is to become the object *key*. *fd* is closed, and None, once the file is synced."""
+
+    key: str
+    temporary: Path
+    path: Path
+    fd: int | None
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class FileStore:
-    """A folder whose files are the objects. It is made with the first put."""
+    """A folder whose files are the objects. It is made with the first put.
 
-    def __init__(self, root: Path, *, timeout_s: float = TIMEOUT_S) -> None:
+    After a failed ``settle`` the drafts that did not get to the disk are gone, and it goes on to fail until each is put
+    again: a file that could not be synced once may seem synced the next time, and is not.
+    """
+
+    def __init__(self, root: Path, *, timeout_s: float = TIMEOUT_S, disk: Disk | None = None) -> None:
         self.url = root.as_uri()
         self._root = root
         self._timeout_s = timeout_s
+        self._disk = disk or Disk()
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="tier")
+        self._slots = asyncio.Semaphore(THREADS)  # so that nobody's deadline runs while others' work goes on
+        self._settling = asyncio.Lock()
+        self._lock = threading.Lock()  # of the two below
+        self._drafts: dict[str, _Draft] = {}
+        self._lost: dict[str, OSError] = {}
+        self._renamed_in: set[Path] = set()  # folders that settle has yet to sync; only whoever settles changes it
+        self._open_count = 0
 
     async def put(self, key: str, parts: Sequence[Buffer], *, durable: bool = True) -> None:
-        """See Store."""
-        with self._translated("write", key):
-            await asyncio.to_thread(self._put, checked(key), parts)
-
-    def _put(self, key: str, parts: Sequence[Buffer]) -> None:
-        path = self._root / key
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.parent / f"{_TEMPORARY}{os.getpid()}-{uuid.uuid4()}"
-        try:
-            with open(temporary, "xb") as file:
-                for part in parts:
-                    file.write(part)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        for folder in path.parents:
-            _sync_folder(folder)
-            if folder == self._root.parent:
-                break
+        """See Store. A second put of a key that waits for ``settle`` takes the place of the first."""
+        checked(key)
+        await self._run("write", key, lambda work: self._put(work, key, parts, durable))
+        self._open_count += not durable
+        if self._open_count >= UNSYNCED_FILES:
+            self._open_count = 0
+            async with self._settling:
+                await self._run("write", key, self._sync_drafts)
 
     async def settle(self) -> None:
         """See Store."""
+        async with self._settling:
+            await self._run("settle", "", self._settle)
+
+    async def confirm(self, prefix: str) -> None:
+        """See Store."""
+        await self._run("settle", checked_prefix(prefix), lambda work: self._confirm(work, prefix))
 
     async def get(self, key: str) -> bytes:
         """See Store."""
         with self._translated("read", key):
-            return await asyncio.to_thread((self._root / checked(key)).read_bytes)
+            return await soon(self._get(self._root / checked(key)), self._timeout_s)
 
     async def read_into(self, key: str, parts: Sequence[memoryview]) -> None:
         """See Store."""
-        data = await self.get(key)
-        if len(data) != sum(part.nbytes for part in parts):
-            raise Corrupt(f"{key} in {self.url} has {len(data)} bytes")
-        at = 0
-        for part in parts:
-            part.cast("B")[:] = data[at : at + part.nbytes]
-            at += part.nbytes
+        checked(key)
+        await self._run("read", key, lambda work: self._read(work, key, parts))
 
     async def list(self, prefix: str) -> list[Found]:
         """See Store."""
-        with self._translated("list", prefix):
-            return await asyncio.to_thread(lambda: sorted(self._walk(checked_prefix(prefix)), key=lambda f: f.key))
+        checked_prefix(prefix)
+        found = await self._run("list", prefix, lambda work: list(self._objects(work, prefix)))
+        return sorted(found, key=lambda object: object.key)
 
-    def _walk(self, prefix: str) -> Iterator[Found]:
-        try:
-            entries = sorted(os.scandir(self._root / prefix), key=lambda e: e.name)
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        for entry in entries:
-            if entry.is_dir():
-                yield from self._walk(f"{prefix}{entry.name}/")
-            elif not entry.name.startswith(_TEMPORARY):
-                with suppress(FileNotFoundError):
-                    stat = entry.stat()
-                    yield Found(prefix + entry.name, stat.st_size, stat.st_mtime)
-
-    async def children(self, prefix: str) -> list[str]:
+    async def children(self, prefix: str) -> Names:
         """See Store."""
-        with self._translated("list", prefix), suppress(FileNotFoundError, NotADirectoryError):
-            return sorted(e.name for e in os.scandir(self._root / checked_prefix(prefix)) if e.is_dir())
-        return []
+        checked_prefix(prefix)
+        return await self._run("list", prefix, lambda work: self._children(prefix))
 
     async def delete(self, keys: Sequence[str]) -> None:
         """See Store."""
         for key in keys:
-            with self._translated("delete", key):
-                path = self._root / checked(key)
-                with suppress(FileNotFoundError, NotADirectoryError):
-                    path.unlink()
-                with suppress(OSError):
-                    for folder in path.parents:
-                        if folder == self._root:
-                            break
-                        folder.rmdir()
+            checked(key)
+        await self._run("delete", keys[0] if len(keys) == 1 else "", lambda work: self._delete(work, keys))
 
     async def sweep(self, older_than_s: float) -> int:
-        """See Store."""
-        freed = 0
-        for path in self._root.rglob(f"{_TEMPORARY}*"):
-            with suppress(FileNotFoundError):
-                stat = path.stat()
-                if stat.st_mtime < time.time() - older_than_s:
-                    path.unlink()
-                    freed += stat.st_size
-        return freed
+        """See Store. Other nodes' files go by their age only; empty folders go, too."""
+        return await self._run("sweep", "", lambda work: self._sweep(work, time.time() - older_than_s))
 
     async def free_bytes(self) -> int | None:
         """See Store."""
-        existing = next(folder for folder in (self._root, *self._root.parents) if folder.exists())
-        return shutil.disk_usage(existing).free
+        return await self._run("ask", "", lambda work: self._free())
 
     async def close(self) -> None:
         """See Store."""
+        with suppress(TierError):
+            await self._run("close", "", lambda work: self._discard_all())
+        self._pool.shutdown(wait=False)
+
+    # ---- in threads, from here on ----
+
+    def _put(self, work: Work, key: str, parts: Sequence[Buffer], durable: bool) -> None:
+        draft = self._draft(key)
+        try:
+            reach("spill.temporary-made")
+            assert draft.fd is not None
+            self._disk.write(draft.fd, parts, work)
+            reach("spill.temporary-written")
+            if durable:
+                self._sync(draft)
+                reach("spill.temporary-synced")
+                work.go_on()  # nothing becomes an object after its caller was told that it would not
+                self._disk.rename(draft.temporary, draft.path)
+                reach("spill.renamed")
+                for folder in self._folders_of(draft.path):
+                    self._sync_folder(folder)
+                reach("spill.folders-synced")
+            else:
+                work.go_on()
+        except BaseException:
+            self._discard(draft)
+            raise
+        with self._lock:
+            self._lost.pop(key, None)
+            earlier = self._drafts.pop(key, None)  # settling must not put it in place of this one
+            if not durable:
+                self._drafts[key] = draft
+        if earlier is not None:
+            self._discard(earlier)
+
+    def _draft(self, key: str) -> _Draft:
+        path = self._root / key
+        temporary = path.parent / f".tmp-{_host()}-{os.getpid()}-{uuid.uuid4().hex}"
+        for _ in range(20):  # another process may remove a folder that is empty, between our making it and our using it
+            with suppress(FileNotFoundError):
+                self._make_folder(path.parent)
+                return _Draft(key, temporary, path, self._disk.create(temporary))
+        self._make_folder(path.parent)
+        return _Draft(key, temporary, path, self._disk.create(temporary))
+
+    def _make_folder(self, folder: Path) -> None:
+        if folder.is_dir():
+            return
+        self._make_folder(folder.parent)
+        if self._disk.make_folder(folder):
+            if self._root not in folder.parents:  # those inside the tier are synced with what is in them
+                self._sync_folder(folder.parent)
+        elif not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+
+    def _sync(self, draft: _Draft) -> None:
+        with draft.lock:
+            if draft.fd is not None:
+                self._disk.sync(draft.fd)
+                fd, draft.fd = draft.fd, None
+                os.close(fd)
+
+    def _discard(self, draft: _Draft) -> None:
+        with draft.lock:
+            if draft.fd is not None:
+                os.close(draft.fd)
+                draft.fd = None
+        quietly_unlink(self._disk, draft.temporary)
+
+    def _discard_all(self) -> None:
+        with self._lock:
+            drafts, self._drafts = list(self._drafts.values()), {}
+        for draft in drafts:
+            self._discard(draft)
+
+    def _folders_of(self, path: Path) -> Iterator[Path]:
+        """Those that must be synced for *path* to be found after a power cut. Who made them does not matter: another
+        process may have, just now, and not have synced them yet."""
+        for folder in path.parents:
+            yield folder
+            if folder == self._root.parent:
+                return
+
+    def _sync_folder(self, folder: Path) -> None:
+        try:
+            self._disk.sync_folder(folder)
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # deleted by somebody, with what was in it
+        except PermissionError:
+            if folder == self._root or self._root in folder.parents:
+                raise
+            # A folder above the tier that we may not read: whoever made the tier there answers for it.
+
+    def _sync_drafts(self, work: Work) -> None:
+        for draft in list(self._drafts.values()):
+            work.go_on()
+            try:
+                self._sync(draft)
+            except OSError as error:
+                self._lose(draft, error)
+
+    def _lose(self, draft: _Draft, error: OSError) -> None:
+        with self._lock:
+            if self._drafts.get(draft.key) is draft:
+                del self._drafts[draft.key]
+                self._lost[draft.key] = error
+        self._discard(draft)
+
+    def _settle(self, work: Work) -> None:
+        self._sync_drafts(work)
+        reach("spill.drafts-synced")
+        for draft in list(self._drafts.values()):
+            work.go_on()
+            self._renamed_in.update(self._folders_of(draft.path))  # before, so that it is known however this ends
+            try:
+                self._disk.rename(draft.temporary, draft.path)
+            except FileNotFoundError as error:
+                self._lose(draft, error)  # somebody cleared the folder
+                continue
+            with self._lock:
+                if self._drafts.get(draft.key) is draft:
+                    del self._drafts[draft.key]
+        reach("spill.drafts-renamed")
+        for folder in sorted(self._renamed_in, reverse=True):
+            work.go_on()
+            self._sync_folder(folder)
+        self._renamed_in.clear()  # not before all are synced: if one fails, the next settle tries all again
+        if self._lost:
+            key, why = next(iter(self._lost.items()))
+            raise OSError(why.errno, f"{key} and {len(self._lost) - 1} more did not get there: {why.strerror}")
+
+    def _confirm(self, work: Work, prefix: str) -> None:
+        folder = self._root / prefix
+        for found in self._walk(work, folder):
+            self._sync_folder(found)
+        for above in self._folders_of(folder / "any"):
+            self._sync_folder(above)
+
+    async def _get(self, path: Path) -> bytes:
+        import aiofiles  # only here: agents without tiers do without it
+
+        async with aiofiles.open(path, "rb", opener=_open_to_read, executor=self._pool) as file:
+            data: bytes = await file.read(GET_BYTES + 1)
+        if len(data) > GET_BYTES:
+            raise Corrupt(f"{path} is longer than any document: more than {GET_BYTES} bytes")
+        return data
+
+    def _read(self, work: Work, key: str, parts: Sequence[memoryview]) -> None:
+        fd = _open_to_read(self._root / key)
+        try:
+            there, wanted = os.fstat(fd).st_size, sum(part.nbytes for part in parts)
+            if there != wanted:
+                raise Corrupt(f"{key} in {self.url} has {there} bytes, not {wanted}")
+            self._disk.read(fd, parts, work)
+        except EOFError as error:
+            raise Corrupt(f"{key} in {self.url} got shorter while it was read") from error
+        finally:
+            os.close(fd)
+
+    def _walk(self, work: Work, folder: Path) -> Iterator[Path]:
+        """All real folders under *folder*, those inside before those around them, and it itself last."""
+        with suppress(FileNotFoundError, NotADirectoryError):
+            for name in self._names(folder, folders=True):
+                yield from self._walk(work, folder / name)
+            work.go_on()
+            yield folder
+
+    def _names(self, folder: Path, *, folders: bool) -> Names:
+        """Links are none of ours: they are not followed, and lead nowhere out of the tier."""
+        with os.scandir(folder) as entries:
+            return [
+                entry.name
+                for entry in entries
+                if (entry.is_dir(follow_symlinks=False) if folders else entry.is_file(follow_symlinks=False))
+            ]
+
+    def _objects(self, work: Work, prefix: str) -> Iterator[Found]:
+        for folder in self._walk(work, self._root / prefix):
+            with suppress(FileNotFoundError):
+                for name in self._names(folder, folders=False):
+                    key = (folder / name).relative_to(self._root).as_posix()
+                    if is_key(key) and not _TEMPORARY.fullmatch(name):
+                        with suppress(FileNotFoundError):
+                            about = os.stat(folder / name, follow_symlinks=False)
+                            yield Found(key, about.st_size, about.st_mtime)
+
+    def _children(self, prefix: str) -> Names:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return sorted(name for name in self._names(self._root / prefix, folders=True) if is_key(name))
+        return []
+
+    def _delete(self, work: Work, keys: Sequence[str]) -> None:
+        changed: set[Path] = set()
+        for key in keys:
+            work.go_on()
+            with self._lock:
+                draft = self._drafts.pop(key, None)
+                self._lost.pop(key, None)
+            if draft is not None:
+                self._discard(draft)
+            with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                self._disk.unlink(self._root / key)
+            # Also for what was not there: it may have been removed a moment ago, by one who died before the sync.
+            changed.add(self._remove_empty((self._root / key).parent))
+        for folder in changed:
+            work.go_on()
+            self._sync_folder(folder)
+
+    def _remove_empty(self, folder: Path) -> Path:
+        """Remove *folder* and those above it, as long as they are empty; the first that is not, or the tier's own."""
+        while folder != self._root:
+            try:
+                self._disk.remove_folder(folder)
+            except FileNotFoundError:
+                pass
+            except OSError:
+                break
+            folder = folder.parent
+        return folder
+
+    def _sweep(self, work: Work, before_s: float) -> int:
+        freed = 0
+        for folder in self._walk(work, self._root):
+            with suppress(FileNotFoundError):
+                for name in self._names(folder, folders=False):
+                    freed += self._sweep_file(folder / name, before_s)
+                if folder != self._root and folder.stat().st_mtime < before_s:
+                    with suppress(OSError):
+                        self._disk.remove_folder(folder)
+        return freed
+
+    def _sweep_file(self, path: Path, before_s: float) -> int:
+        match = _TEMPORARY.fullmatch(path.name)
+        if match is None:
+            return 0
+        about = path.stat()
+        if about.st_mtime >= before_s and not (match[1] == _host() and _is_dead(int(match[2]))):
+            return 0
+        self._disk.unlink(path)
+        return about.st_blocks * 512
+
+    def _free(self) -> int:
+        for folder in (self._root, *self._root.parents):
+            with suppress(FileNotFoundError):
+                about = os.statvfs(folder)
+                return about.f_bavail * about.f_frsize
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    # ---- on the loop again ----
+
+    async def _run(self, operation: str, key: str, function: Callable[[Work], Result]) -> Result:
+        with self._translated(operation, key):
+            async with self._slots:
+                return await in_thread(self._pool, function, self._timeout_s)
 
     @contextmanager
     def _translated(self, operation: str, key: str) -> Iterator[None]:
+        where = f"{operation} {key} in {self.url}" if key else f"{operation} {self.url}"
         try:
             yield
+        except HoldfastError:
+            raise
+        except TimeoutError as error:
+            raise TierUnreachable(f"cannot {where}: no progress for {self._timeout_s:g} s") from error
         except OSError as error:
-            what = f"{operation} of {key or 'all'} in {self.url}: {error.strerror or error}"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise TierFull(what) from error
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR) and operation == "read":
-                raise ObjectMissing(what) from error
-            raise TierUnreachable(what) from error
+            reason = f"cannot {where}: {error.strerror or error}"
+            if error.errno in _FULL:
+                raise TierFull(reason) from error
+            if error.errno in _ABSENT and operation == "read":
+                raise ObjectMissing(f"{key} is not in {self.url}") from error
+            raise TierUnreachable(reason) from error
 
 
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
+def _open_to_read(path: str | Path, flags: int = os.O_RDONLY) -> int:
+    # Nonblocking: a pipe that somebody left there must not hold us up.
+    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    return fd
+
+
+@cache
+def _host() -> str:
+    """Differs wherever process numbers may mean other processes: per boot, and per container."""
+    boot, space = "", ""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        space = os.readlink("/proc/self/ns/pid")
+    return f"{zlib.crc32(f'{os.uname().nodename} {boot} {space}'.encode()):08x}"
+
+
+def _is_dead(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    return False

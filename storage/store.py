@@ -17,8 +17,10 @@ import numpy.typing as npt
 
 from ..errors import ConfigError, Corrupt
 
+Names = list[str]  # inside a class with a method of that name, list means the method
 Buffer = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
 TIMEOUT_S = 60.0
+GET_BYTES = 256 << 20  # no document is longer
 KEY_BYTES = 900  # object stores end at 1024, of which the tier's own path takes some
 PART_BYTES = 255  # of one name of a file system
 
@@ -57,11 +59,19 @@ class Store(Protocol):
 
     async def settle(self) -> None:
         """Return when everything put so far is there and survives a power cut. If it raises, some of it may not be
-        there, and will not come any more: put it again."""
+        there: put it again, or use another store object of the same place for something else."""
+        ...
+
+    async def confirm(self, prefix: str) -> None:
+        """Return when all that can be seen under the folder *prefix* survives a power cut, whoever put it.
+
+        An object can be seen a moment before its put returns. Whoever deletes one object because there is another
+        must have that one confirmed between looking and deleting.
+        """
         ...
 
     async def get(self, key: str) -> bytes:
-        """The whole object; for small ones."""
+        """The whole object; for small ones, up to ``GET_BYTES``."""
         ...
 
     async def read_into(self, key: str, parts: Sequence[memoryview]) -> None:
@@ -77,7 +87,7 @@ class Store(Protocol):
         """All objects under the folder *prefix*, which ends with ``/`` (or is empty: all), sorted by key."""
         ...
 
-    async def children(self, prefix: str) -> list[str]:
+    async def children(self, prefix: str) -> Names:
         """The names of the folders directly under *prefix*, sorted."""
         ...
 
