@@ -6,6 +6,7 @@ that the agent and the command line, which need no torch, start at once.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 from ._version import __version__
@@ -14,16 +15,21 @@ from .errors import HoldfastError
 if TYPE_CHECKING:
     from .hooks.checkpointer import Checkpointer
     from .hooks.contract import Deadlines, Stats, Ticket
+    from .storage.tiers import Tier
 
-_LAZY = frozenset({"Checkpointer", "Deadlines", "Stats", "Ticket"})
+_LAZY = {
+    "Checkpointer": ".hooks.checkpointer",
+    "Deadlines": ".hooks.contract",
+    "Stats": ".hooks.contract",
+    "Ticket": ".hooks.contract",
+    "Tier": ".storage.tiers",
+}
 
 
 def __getattr__(name: str) -> object:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .hooks import checkpointer, contract
-
-    return getattr(checkpointer if name == "Checkpointer" else contract, name)
+    return getattr(importlib.import_module(_LAZY[name], __name__), name)
 
 
-__all__ = ["Checkpointer", "Deadlines", "HoldfastError", "Stats", "Ticket", "__version__"]
+__all__ = ["Checkpointer", "Deadlines", "HoldfastError", "Stats", "Ticket", "Tier", "__version__"]

@@ -229,16 +229,14 @@ class Arenas:
                 return slot
         return None
 
-    def free_slot(self, manifest: Manifest, keep: SnapshotId) -> Slot:
-        """A slot for a copy of an image, unsealed: a free one, else one that holds anything but *keep*, else a new one.
+    def free_slot(self, rank: int, keep: SnapshotId, *, image_bytes: int, table_bytes: int) -> Slot:
+        """A slot for an image of *rank*, unsealed: a free one, else one that holds anything but *keep*, else a new one.
 
         Slots that are too small are replaced by larger ones; their trainer looks at them again after a restore.
 
         Raises ``BudgetExceeded``.
         """
-        record = manifest.record
-        needed = manifest.checks.nbytes + len(manifest.layout)
-        mine = [slot for (rank, _), slot in sorted(self._slots.items()) if rank == record.rank]
+        mine = [slot for (its, _), slot in sorted(self._slots.items()) if its == rank]
 
         def cost(slot: Slot) -> tuple[bool, bool]:
             held = slot.sealed_record()
@@ -248,20 +246,16 @@ class Arenas:
             held = slot.sealed_record()
             if slot.word == OPEN_WORD or (held is not None and held.id == keep):
                 continue
-            if slot.place.table_bytes == 0 or not slot.place.holds(needed, record.image_bytes):
+            if slot.place.table_bytes == 0 or not slot.place.holds(table_bytes, image_bytes):
                 continue
             slot.unseal()
             return slot
         small = [slot for slot in sorted(mine, key=cost) if (held := slot.sealed_record()) is None or held.id != keep]
-        index = (
-            small[0].place.index
-            if small
-            else max((i for rank, i in self._slots if rank == record.rank), default=-1) + 1
-        )
-        place = place_for(self._settings.shm, record.rank, index, table_bytes=needed, image_bytes=record.image_bytes)
+        index = small[0].place.index if small else max((i for its, i in self._slots if its == rank), default=-1) + 1
+        place = place_for(self._settings.shm, rank, index, table_bytes=table_bytes, image_bytes=image_bytes)
         self._check_budget([place])
         self._make(place)
-        return self._slots[record.rank, index]
+        return self._slots[rank, index]
 
     def seal_copy(self, slot: Slot, manifest: Manifest) -> None:
         """The image's bytes are in the slot, verified: make them count."""
@@ -269,6 +263,25 @@ class Arenas:
         record = replace(manifest.record, table_bytes=slot.place.table_bytes)
         slot.write_record(record)
         slot.commit(record.nonce)
+
+    def seal_read(
+        self, slot: Slot, id: SnapshotId, *, rank: int, world: int, watermark: int, image_bytes: int, layout: bytes
+    ) -> Record:
+        """The image's bytes are in the slot, as a tier had them, each piece verified: checksum it and make it count.
+
+        Called in a worker thread. It was complete on all ranks: nothing else is spilled.
+        """
+        checks = slot.checksums(image_bytes, block_bytes_for(image_bytes), self._pool)
+        slot.write_tables(checks, layout)
+        record = Record(
+            id=id, watermark=watermark, rank=rank, world=world, job=self._job, image_bytes=image_bytes,
+            table_bytes=slot.place.table_bytes, block_bytes=block_bytes_for(image_bytes), layout_bytes=len(layout),
+            checks_crc=crc32c(checks), layout_crc=crc32c(layout), nonce=new_nonce(),
+        )  # fmt: skip
+        slot.write_record(record)
+        slot.commit(record.nonce)
+        slot.mark_complete()
+        return record
 
     def mark_complete(self, ids: Collection[SnapshotId]) -> None:
         """All ranks had these snapshots: said in every image of them that is here."""

@@ -8,7 +8,7 @@ import os
 import queue
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, TypeVar
 
 # A trainer forks data loader workers. They never talk to the agent, and gRPC's own fork handlers only get in the way.
@@ -67,6 +67,14 @@ class AgentClient:
     def materialise(self, request: wire.MaterialiseRequest, timeout_s: float) -> wire.MaterialiseReply:
         """Have an image in this node's memory. Raises ``SnapshotLost``."""
         return self._ask("Materialise", request, wire.MaterialiseReply, timeout_s)
+
+    def stored(self, timeout_s: float) -> wire.TierList:
+        """What lies in the tiers that the agent knows."""
+        return self._ask("Stored", wire.Nothing(), wire.TierList, timeout_s)
+
+    def spill_now(self, tiers: int = 0, timeout_s: float = 5.0) -> wire.SpillReply:
+        """Ask for the next snapshot to be spilled to the first *tiers* tiers, 0 for all."""
+        return self._ask("SpillNow", wire.SpillRequest(tiers=tiers), wire.SpillReply, timeout_s)
 
     def _ask(self, method: str, request: Message, reply: type[Reply], timeout_s: float) -> Reply:
         call: grpc.UnaryUnaryMultiCallable[Any, Any] = self._channel.unary_unary(
@@ -180,7 +188,15 @@ class Attachment:
 
 
 def hello(
-    settings: NodeSettings, version: str, *, rank: int, world: int, slots: int, image_bytes: int, table_bytes: int
+    settings: NodeSettings,
+    version: str,
+    *,
+    rank: int,
+    world: int,
+    slots: int,
+    image_bytes: int,
+    table_bytes: int,
+    tiers: Iterable[str] = (),
 ) -> wire.Hello:
     """The first message of a trainer."""
     return wire.Hello(
@@ -195,6 +211,7 @@ def hello(
         slots=slots,
         image_bytes=image_bytes,
         table_bytes=table_bytes,
+        tiers=tiers,
     )
 
 
@@ -219,6 +236,11 @@ def _own_socket(settings: NodeSettings) -> str:
     except FileNotFoundError as error:
         raise AgentUnreachable(f"no agent: {settings.socket} does not exist (job {settings.job!r})") from error
     return f"unix:{settings.socket}"
+
+
+def error_text(error: HoldfastError) -> str:
+    """An error as it travels in a gRPC status or a message; ``told`` gives back the same class."""
+    return json.dumps({"error": type(error).__name__, "message": str(error)})
 
 
 def told(text: str, what: str = "the agent") -> HoldfastError:

@@ -104,7 +104,9 @@ async def _serve(settings: NodeSettings, options: DaemonOptions, version: str, l
     tls = options.trust.server_context() if options.trust else None
     bulk = BulkServer(host.strip("[]"), 0, tls, pace, limits=Limits(connections=_STREAMS_OUT))
     peers = Peers(settings.job, options.name, options.trust)
-    protector = Protector(options.name, settings.job, arenas, bulk, peers, options.trust, service.tell)
+    protector = Protector(
+        options.name, settings.job, arenas, bulk, peers, options.trust, service.tell, service.spiller.load
+    )
     service.protector = protector
     clock = asyncio.create_task(protector.keep_time())
     await near.start()
@@ -117,6 +119,7 @@ async def _serve(settings: NodeSettings, options: DaemonOptions, version: str, l
     # Trainers see the stream end and keep training; what they had fenced is sealed before we go.
     await asyncio.gather(near.stop(_GRACE_S if removing else 0), far.stop(0))
     await service.quiesce()
+    await service.spiller.close()
     clock.cancel()
     await protector.close()
     await peers.close()

@@ -12,6 +12,7 @@ from .client import CHANNEL_OPTIONS, SERVICE, translated
 from .trust import Trust
 
 _CALL_S: Final = 5.0
+_BRING_S: Final = 600.0  # an image read from a tier of another node
 Reply = TypeVar("Reply", bound=Message)
 
 
@@ -50,22 +51,29 @@ class Peers:
         request.job, request.agent = self._job, self._agent
         return await self._ask(address, "GetManifest", request, wire.Manifest)
 
+    async def bring(self, address: str, request: wire.MaterialiseRequest) -> wire.MaterialiseReply:
+        """Have that agent read an image from a tier, to be fetched from it."""
+        request.job, request.agent = self._job, self._agent
+        return await self._ask(address, "Bring", request, wire.MaterialiseReply, _BRING_S)
+
     async def close(self) -> None:
         """Close all connections."""
         for channel in self._channels.values():
             await channel.close()
         self._channels.clear()
 
-    async def _ask(self, address: str, method: str, request: Message, reply: type[Reply]) -> Reply:
+    async def _ask(
+        self, address: str, method: str, request: Message, reply: type[Reply], timeout_s: float = _CALL_S
+    ) -> Reply:
         call: grpc.aio.UnaryUnaryMultiCallable[Any, Any] = self._channel(address).unary_unary(
             f"/{SERVICE}/{method}",
             request_serializer=lambda message: message.SerializeToString(),
             response_deserializer=reply.FromString,
         )
         try:
-            answer: Reply = await call(request, timeout=_CALL_S)
+            answer: Reply = await call(request, timeout=timeout_s)
         except grpc.RpcError as error:
-            raise translated(error, f"{method} of the agent at {address}", _CALL_S) from error
+            raise translated(error, f"{method} of the agent at {address}", timeout_s) from error
         self.calls += 1
         self.call_bytes += request.ByteSize() + answer.ByteSize()
         return answer

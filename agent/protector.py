@@ -36,7 +36,7 @@ from .guard import (
 )
 from .manifest import CellTable, Manifest
 from .peers import Peers
-from .rebuild import Rebuilder
+from .rebuild import Load, Rebuilder
 from .settings import job_hash
 from .tasks import ended, to_the_end
 from .trust import Trust
@@ -63,8 +63,9 @@ class Protector:
         peers: Peers,
         trust: Trust | None,
         tell: Callable[[wire.FromAgent], None],
+        load: Load,
     ) -> None:
-        """*tell* says something to all trainers of this node that are there."""
+        """*tell* says something to all trainers of this node that are there; *load* reads an image from a tier."""
         self._name = name
         self._job = job
         self._arenas = arenas
@@ -72,6 +73,7 @@ class Protector:
         self._peers = peers
         self._tls = trust.client_context() if trust is not None else None
         self._tell = tell
+        self._load = load
         self._guard = Guard()
         self._roster: tuple[bytes, wire.Rostered] | None = None
         self._addresses: tuple[str, ...] = ()
@@ -539,11 +541,25 @@ class Protector:
         what = (id_of(request.id), request.rank)
         async with self._materialising.setdefault(what, asyncio.Lock()):  # several ranks may need the same image
             if (done := self._materialised.get(what)) is None:
-                rebuilder = Rebuilder(self._name, self._arenas, self._peers, self._open, self._combine)
+                rebuilder = Rebuilder(self._name, self._arenas, self._peers, self._open, self._combine, self._load)
                 done = self._materialised[what] = await rebuilder.run(request)
                 self._status.damaged += rebuilder.repaired
                 _log.info("%s of rank %d: %s", what[0], request.rank, done.how)
             return done
+
+    async def bring(self, request: wire.MaterialiseRequest) -> wire.MaterialiseReply:
+        """A peer cannot read the tier where an image is, and this agent can: have it here, to be pulled.
+
+        Raises ``AgentMismatch``, and what ``Spiller.load`` does.
+        """
+        self._check_peer(request.job, request.agent)
+        id = id_of(request.id)
+        async with self._materialising.setdefault((id, request.rank), asyncio.Lock()):
+            here = self._arenas.image(request.rank, id)
+            record = here.sealed_record() if here is not None else None
+            if here is not None and record is not None:
+                return wire.MaterialiseReply(path=here.place.path, how="held here", checks_crc=record.checks_crc)
+            return await self._load(id, request.rank, request.world, [tier.tier for tier in request.tiers])
 
     @property
     def tls(self) -> bool:

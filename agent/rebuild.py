@@ -34,6 +34,7 @@ _PAUSES_S: Final = (0.2, 1.0, 3.0)  # before trying again what did not work for 
 Ranges = Sequence[tuple[int, int]]
 Combine = Callable[[Any, int, Sequence[Term], dict[Where, Source], Ranges | None], Awaitable[Outcome]]
 Open = Callable[[str, wire.GrantRequest, Sequence[tuple[int, int]]], Awaitable[Stream]]
+Load = Callable[[SnapshotId, int, int, Sequence[int]], Awaitable[wire.MaterialiseReply]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,12 +74,13 @@ class Rebuilder:
         repaired: damaged blocks of an image that was here, and tables, put right in their place.
     """
 
-    def __init__(self, name: str, arenas: Arenas, peers: Peers, opened: Open, combine: Combine) -> None:
+    def __init__(self, name: str, arenas: Arenas, peers: Peers, opened: Open, combine: Combine, load: Load) -> None:
         self._name = name
         self._arenas = arenas
         self._peers = peers
         self._open = opened
         self._combine = combine
+        self._load = load
         self.repaired = 0
 
     async def run(self, request: wire.MaterialiseRequest) -> wire.MaterialiseReply:
@@ -123,11 +125,34 @@ class Rebuilder:
             except (HoldfastError, ValueError) as error:  # ``Unrecoverable``; or a table that makes no sense
                 reasons.append(f"rebuilding: {error}")
                 passing = _passing(error) or passing
+        for agent in dict.fromkeys(
+            t.agent for t in sorted(request.tiers, key=lambda t: (t.agent != self._name, t.tier))
+        ):
+            try:
+                return await self._from_tiers(id, request, agent)
+            except BudgetExceeded:
+                raise
+            except HoldfastError as error:
+                reasons.append(f"reading what agent {agent} finds in its tiers: {error}")
+                passing = _passing(error) or passing
         if passing is not None:
             raise passing
         raise SnapshotLost(
             f"the image of {id} of rank {request.rank} cannot be had: {'; '.join(reasons) or 'no source'}"
         )
+
+    # -- tiers -------------------------------------------------------------------------------------------------------
+
+    async def _from_tiers(self, id: SnapshotId, request: wire.MaterialiseRequest, agent: str) -> wire.MaterialiseReply:
+        """Read the image here; or, from a tier of another node, have its agent read it, and fetch it from there."""
+        mine = [tier for tier in request.tiers if tier.agent == agent]
+        if agent == self._name:
+            return await self._load(id, request.rank, request.world, [tier.tier for tier in mine])
+        ask = wire.MaterialiseRequest(id=request.id, rank=request.rank, world=request.world, tiers=mine)
+        there = await self._peers.bring(mine[0].address, ask)
+        source = wire.Source(rank=request.rank, agent=agent, address=mine[0].address, checks_crc=there.checks_crc)
+        fetched = await self._fetch(id, source)
+        return wire.MaterialiseReply(path=fetched.path, how=f"{there.how} by agent {agent}, and fetched from there")
 
     # -- fetching ----------------------------------------------------------------------------------------------------
 
@@ -148,7 +173,8 @@ class Rebuilder:
         return wire.MaterialiseReply(path=slot.place.path, how=f"fetched from agent {image.agent}")
 
     def _free(self, manifest: Manifest, keep: SnapshotId) -> Slot:
-        slot = self._arenas.free_slot(manifest, keep)
+        record, needed = manifest.record, manifest.checks.nbytes + len(manifest.layout)
+        slot = self._arenas.free_slot(record.rank, keep, image_bytes=record.image_bytes, table_bytes=needed)
         slot.prefault()
         return slot
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import time
@@ -22,9 +21,10 @@ from ..snapshot.recovery import Held
 from . import protocol
 from . import wire_pb2 as wire
 from .arenas import Arenas, ImageSums
-from .client import id_of, wire_id
+from .client import error_text, id_of, wire_id
 from .protector import Protector
 from .settings import PROTOCOL, NodeSettings, machine, pid_namespace
+from .spiller import Spiller
 from .tasks import to_the_end
 
 _log = logging.getLogger(__name__)
@@ -72,6 +72,7 @@ class AgentService:
         self._name = name
         self._domains = tuple(domains)
         self.protector: Protector | None = None
+        self.spiller = Spiller(name, settings.job, arenas)
         self._version = version
         self._settings = settings
         self._arenas = arenas
@@ -137,6 +138,7 @@ class AgentService:
                 table_bytes=hello.table_bytes,
             )
             places = await to_the_end(reserve)
+            self.spiller.use(hello.tiers)
             trainer = self._trainers[hello.rank] = _Trainer(hello)
         return trainer, places
 
@@ -215,6 +217,9 @@ class AgentService:
                 self._spawn(trainer, self._grow(trainer, message.grow, write))
             case "roster":
                 self._spawn(trainer, self._assemble(message.roster, write))
+            case "spill":
+                spill = message.spill
+                self.spiller.spill(trainer.hello.rank, trainer.hello.world, id_of(spill.id), spill.tiers, write)
             case "goodbye":
                 trainer.ended = True
             case _:
@@ -239,6 +244,8 @@ class AgentService:
 
     def _note(self, event: protocol.Event, message: wire.FromTrainer) -> None:
         """What a trainer's message means for the group."""
+        if isinstance(event, protocol.Copied) and message.copied.persisted:
+            self.spiller.persisted(SnapshotId(event.id.generation, message.copied.persisted - 1, event.id.run))
         if self.protector is None:
             return
         if isinstance(event, protocol.Copied):
@@ -347,6 +354,25 @@ class AgentService:
         """Have an image here. See ``Protector.materialise``."""
         return await _answer(context, self._protecting().materialise(request))
 
+    async def bring(self, request: wire.MaterialiseRequest, context: Context) -> wire.MaterialiseReply:
+        """A peer asks to have an image here, from a tier that only this agent can read, to fetch it then."""
+        return await _answer(context, self._protecting().bring(request))
+
+    async def stored(self, request: wire.Nothing, context: Context) -> wire.TierList:
+        """What lies in the tiers."""
+        listed = await _answer(context, self.spiller.stored())
+        listed.address = self.listen
+        return listed
+
+    async def spill_now(self, request: wire.SpillRequest, context: Context) -> wire.SpillReply:
+        """Somebody asks for the next snapshot to be spilled, whenever that would be due."""
+        count = len(self.spiller.tiers)
+        there = any(t.write is not None and not t.gone.is_set() for t in self._trainers.values())
+        if not count or not there:
+            return wire.SpillReply(reason="the job has no tiers" if there else "no trainer is attached")
+        self.tell(wire.FromAgent(due=wire.Due(tiers=min(request.tiers, count) or count)))
+        return wire.SpillReply(accepted=True)
+
     async def offer(self, request: wire.Offer, context: Context) -> wire.OfferReply:
         """A peer has an image."""
         return await _answer(context, _now(lambda: self._protecting().offer(request)))
@@ -396,6 +422,7 @@ class AgentService:
                 for rank, t in sorted(self._trainers.items())
             ],
             slots=[self._slot_status(*entry) for entry in self._arenas.places()],
+            tiers=self.spiller.status(),
             foreign=[os.fsencode(name).decode("utf-8", "replace") for name in self._arenas.foreign],
             idle_s=self.idle_s,
         )
@@ -403,7 +430,7 @@ class AgentService:
     @property
     def idle_s(self) -> float:
         """Seconds since the last trainer left; 0 while one is attached, or about to be."""
-        if self._reserving.locked() or any(not t.gone.is_set() for t in self._trainers.values()):
+        if self._reserving.locked() or self.spiller.busy or any(not t.gone.is_set() for t in self._trainers.values()):
             return 0.0
         return time.monotonic() - self._idle_since_s
 
@@ -455,8 +482,11 @@ class AgentService:
             "Inventory": _unary(self.inventory, wire.Nothing),
             "Inspect": _unary(self.inspect, wire.InspectRequest),
             "Status": _unary(self.status, wire.Nothing),
+            "Stored": _unary(self.stored, wire.Nothing),
+            "SpillNow": _unary(self.spill_now, wire.SpillRequest),
         }
         if not trainers:
+            methods["Bring"] = _unary(self.bring, wire.MaterialiseRequest)
             methods["Offer"] = _unary(self.offer, wire.Offer)
             methods["Offers"] = _unary(self.offers, wire.OffersRequest)
             methods["Grant"] = _unary(self.grant, wire.GrantRequest)
@@ -517,8 +547,3 @@ def _process(hello: wire.Hello) -> int | None:
         return os.pidfd_open(hello.pid)
     except OSError:  # gone already, as the stream will tell; or a kernel before 5.3
         return None
-
-
-def error_text(error: HoldfastError) -> str:
-    """An error as it travels in a gRPC status; the client raises the same class again."""
-    return json.dumps({"error": type(error).__name__, "message": str(error)})

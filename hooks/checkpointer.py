@@ -11,16 +11,17 @@ ckpt.close()
 
 from __future__ import annotations
 
+import json
 import logging
 import operator
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -37,20 +38,27 @@ from ..snapshot.codec import encode
 from ..snapshot.record import SnapshotId, table_bytes_for
 from ..snapshot.recovery import HeldParity, Relied, plan, relied_on
 from ..snapshot.state import TrainingState, to_leaf
+from ..storage.config import configured
+from ..storage.quantity import parse_seconds
+from ..storage.tiers import Tier, parse_tiers
 from .binder import Binder
 from .contract import Deadlines, State, Stats, Ticket
 from .holding import Holding
+from .preemption import Notice
 from .pulse import Pulse, Standing
 from .ranks import Ranks, join
 from .restore import Found, Restorer, gather_inventories, together
 from .roster import gather_roster
+from .spilling import Spilling
 
 _log = logging.getLogger(__name__)
+Value = TypeVar("Value")
 _ROOM_BYTES: Final = 256 << 10  # in every image, for values that grow
 _ENTRY_BYTES: Final = 120  # of one slice in a layout text, without its name
 _REPORT_EVERY_S: Final = 0.5
 _VALUES_ROOM: Final = 1.5  # values may grow to so many times their first size before a slot has to grow
 _GATHER_S: Final = 10.0  # for the other ranks to say that they waited in vain
+_LAST_TRIES: Final = 8  # steps at which a last snapshot is tried, when the job is to end
 _LOG_AGAIN_S: Final = 30.0  # the same trouble is logged at most so often; all of it is counted
 
 
@@ -78,9 +86,12 @@ class Checkpointer:
         optimizer: Any | Mapping[str, Any] | None = None,
         extras: Mapping[str, Any] | None = None,
         *,
-        every: int = 1,
-        slots: int = 2,
-        protect: str = "auto",
+        every: int | None = None,
+        slots: int | None = None,
+        protect: str | None = None,
+        tiers: Sequence[Tier] | None = None,
+        grace: str | float | None = None,
+        config: str | os.PathLike[str] | None = None,
         job: str | None = None,
         shm: str | None = None,
         agent: str | None = None,
@@ -95,10 +106,14 @@ class Checkpointer:
                 ``fence`` before each of its steps.
             extras: whatever else makes up the state, by name: objects with ``state_dict`` and ``load_state_dict``,
                 dicts and lists (restored in place), random generators.
-            every: take a snapshot at each step that this divides.
-            slots: images held per rank; 2 suffice.
-            protect: how many nodes may be lost with their memory: ``"4+2"`` any 2 of each group of about 6; ``"auto"``
-                one of up to 5 nodes, else two of each group; ``"off"``.
+            every: take a snapshot at each step that this divides; 1 by default.
+            slots: images held per rank; 2, the default, suffice. With a third one, snapshots go on while one is spilled.
+            protect: how many nodes may be lost with their memory: ``"4+2"`` any 2 of each group of about 6; ``"auto"``, the
+                default, one of up to 5 nodes, else two of each group; ``"off"``.
+            tiers: where snapshots are spilled to, nearest first; each says how often.
+            grace: the time between a preemption notice (SIGTERM, SIGUSR1) and the kill, like ``"30s"``. With it, such a signal
+                at any rank has all ranks take a last snapshot, persist it, and find ``should_stop`` true at the same step.
+            config: a TOML file (``HOLDFAST_CONFIG``) that says the same; what is passed here comes first.
             job: name of the job, the same over all restarts (``HOLDFAST_JOB``).
             shm: folder of shared memory (``HOLDFAST_SHM``).
             agent: socket of an agent that runs already (``HOLDFAST_AGENT``); without it, one is started if needed.
@@ -111,15 +126,22 @@ class Checkpointer:
             AgentError: the agent cannot be reached, trusted, or is of another version or job.
             ConfigError, PeerFailed: a bad argument; another rank's failure.
         """
-        if every < 1 or slots < 2:
-            raise ConfigError(f"every={every}, slots={slots}: at least 1 and 2 are needed")
-        Protection.parse(protect)
-        self._every = every
-        self._protect = protect
+        said = configured(os.environ, config)
+        self._every = _first(every, said.every, 1)
+        slots = _first(slots, said.slots, 2)
+        if self._every < 1 or slots < 2:
+            raise ConfigError(f"every={self._every}, slots={slots}: at least 1 and 2 are needed")
+        self._protect = _first(protect, said.protect, "auto")
+        Protection.parse(self._protect)
+        places = parse_tiers(said.tiers if tiers is None else tiers)
+        grace_s = parse_seconds(grace, "grace") if isinstance(grace, str) else grace
         self._strict = strict
         self._deadlines = deadlines or Deadlines()
-        self._settings = NodeSettings.read(os.environ, job=job, shm=shm, socket=agent)
+        self._settings = NodeSettings.read(os.environ, job=job or said.job, shm=shm, socket=agent)
         self._ranks: Ranks = join()
+        self._spilling = Spilling(places, asks=self._ranks.rank == 0)
+        self._should_stop = False
+        self._last_tries = 0
         self._stats = Stats()
         self._flight: _Flight | None = None
         self._restored: SnapshotId | None = None
@@ -134,6 +156,8 @@ class Checkpointer:
         self._digest: tuple[int, int] | None = None
         with ExitStack() as undo:
             undo.callback(self._ranks.close)
+            self._notice = Notice(grace_s)
+            undo.callback(self._notice.close)
             self._set_up(undo, _by_name(model), _by_name(optimizer), extras or {}, slots)
             undo.pop_all()
 
@@ -147,6 +171,7 @@ class Checkpointer:
     ) -> None:
         """All that can fail, in stages that every rank goes through together; *undo* collects what a failure takes back."""
         wait_s = self._deadlines.attach
+        self._same_tiers(wait_s)
         self._state, image_bytes, table_bytes = together(
             self._ranks, "looking through the state", wait_s, lambda: _look_through(models, optimizers, extras)
         )
@@ -166,8 +191,10 @@ class Checkpointer:
                 image_bytes=image_bytes,
                 table_bytes=table_bytes,
                 timeout_s=wait_s,
+                tiers=[tier.to_json() for tier in self._spilling.tiers],
                 unmapping=self._unmapping,
                 gave_up=self._skip,
+                heard=self._heard,
             )
             undo.callback(holding.close, ended=False)
             for slot in holding.slots:
@@ -218,25 +245,31 @@ class Checkpointer:
                 self._pulse.start(self._standing)
 
     def wait(self, ticket: Ticket, state: State = "sealed", timeout_s: float = 60.0) -> None:
-        """Return once this rank's part of the snapshot is sealed, or the whole snapshot protected.
+        """Return once this rank's part of the snapshot is sealed, or the whole snapshot protected, or persisted.
 
-        A snapshot is sealed only after the next fence, which this therefore implies. To wait for "protected" is collective:
-        every rank must.
+        A snapshot is sealed only after the next fence, which this therefore implies. To wait for "protected" or "persisted" is
+        collective: every rank must. A snapshot that is waited for is spilled to the nearest tier, whether due or not.
 
         Raises:
             SnapshotSkipped: it was not taken or not kept; says why.
             StateUnreachable: *state* cannot be reached in this set-up.
             DeadlinePassed: it was not reached in time.
+            TierError, PeerFailed: a tier does not take it, here or at another rank.
         """
-        if state == "persisted" or (state == "protected" and self._holding.alone):
-            what = "no peers to protect with" if state == "protected" else "no tier to persist in"
-            raise StateUnreachable(f"step {ticket.step} cannot become {state}: this node has {what}")
+        if state == "persisted" and not self._spilling.tiers:
+            raise StateUnreachable(f"step {ticket.step} cannot become persisted: there is no tier to persist in")
+        if state == "protected" and self._holding.alone:
+            raise StateUnreachable(
+                f"step {ticket.step} cannot become protected: this node has no peers to protect with"
+            )
         with self._guard("fence"):
             self._close_window()
         if state == "sealed":
             self._holding.wait_sealed(_taken(ticket), timeout_s)
-        else:
+        elif state == "protected":
             self._wait_protected(ticket, timeout_s)
+        else:
+            self._wait_persisted(ticket, timeout_s)
 
     def restore(self) -> int | None:
         """Bring the newest snapshot of this job back into the live objects. Collective.
@@ -288,6 +321,20 @@ class Checkpointer:
         watermark = self._pulse.known
         return None if watermark == NONE else watermark
 
+    @property
+    def persisted(self) -> int | None:
+        """The newest step of this run that all ranks know to lie in the nearest tier, whole; None before the first."""
+        step = self._pulse.agreed.persisted
+        return None if step == NONE else step
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether this was the last step: a preemption notice has come, and what could be done for the state is done.
+
+        Turns true at the same step on every rank. Leave the loop then, and ``close``.
+        """
+        return self._should_stop
+
     def stats(self) -> Stats:
         """What happened so far; the live object, not a copy."""
         return self._stats
@@ -307,7 +354,13 @@ class Checkpointer:
         for handle in self._torch_hooks:
             handle.remove()
         # Each by itself: whatever one meets, the others let go too.
-        for part in (self._copier.close, lambda: self._holding.close(ended=ended), self._ranks.close):
+        ended = ended and not self._should_stop  # who is preempted comes back
+        for part in (
+            self._notice.close,
+            self._copier.close,
+            lambda: self._holding.close(ended=ended),
+            self._ranks.close,
+        ):
             with self._guard("close"):
                 part()
 
@@ -330,13 +383,17 @@ class Checkpointer:
                 self._start_fresh_or_not(step)
                 self._binder.first(self._deadlines.attach)
         with self._guard("step"):
-            verdict = self._pulse.harvest(step, wanted, self._standing, self._deadlines.beat)
+            patience_s = max(self._notice.left_s, self._deadlines.last)
+            verdict = self._pulse.harvest(step, wanted, self._standing, self._deadlines.beat, patience_s)
+            self._spilling.step_ended(step)
             if verdict.take:
-                ticket = self._take(step)
+                ticket = self._take(step, verdict.due or int(verdict.stop and bool(self._spilling.tiers)))
             elif wanted:
                 reason = (self._objection or "another-rank") if verdict.reason == "not-able" else verdict.reason
                 self._skip(reason)
                 ticket = Ticket(step, reason)
+            if verdict.stop:
+                self._last_step(ticket if verdict.take else None)
         with self._guard("report"):
             self._account()
             if ticket.id is None:
@@ -350,12 +407,16 @@ class Checkpointer:
             _log.warning("step %d begins without restore(), although %s is held; it will be overwritten", step, newest)
         self._found = None
 
-    def _take(self, step: int) -> Ticket:
-        """Begin the snapshot that all ranks agreed on. If this rank cannot, it holds nothing for it, which the next beat
-        tells the others."""
+    def _take(self, step: int, tiers: int) -> Ticket:
+        """Begin the snapshot that all ranks agreed on, and will spill to *tiers* tiers. If this rank cannot, it holds nothing
+        for it, which the next beat tells the others."""
         id = self._id(step)
+        if tiers:
+            self._spilling.begin(id, tiers)
         try:
             reason = self._begin(id)
+            if tiers and reason is None:
+                self._holding.pin(id, self._deadlines.spill)
         except Exception as error:
             self._flight = None
             self._holding.discard(id, str(error))
@@ -452,6 +513,47 @@ class Checkpointer:
         if id == self._id(id.step):
             self._pulse.complete(id.step)
 
+    def _wait_persisted(self, ticket: Ticket, timeout_s: float) -> None:
+        """As ``_wait_protected``, and then for the nearest tier of every rank. Collective."""
+        self._wait_protected(ticket, timeout_s)
+        id = _taken(ticket)
+
+        def here() -> None:
+            self._holding.pin(id, timeout_s)
+            if all(spilled != id for spilled, _ in self._spill_up_to(id.step)):
+                self._holding.spill(id, 1)
+            self._holding.wait_spilled(id, timeout_s)
+
+        together(self._ranks, f"persisting step {ticket.step}", timeout_s + _GATHER_S, here)
+
+    def _spill_up_to(self, step: int) -> list[tuple[SnapshotId, int]]:
+        """Steps up to this one are complete everywhere: those that are due are spilled; returns which, and to how many tiers."""
+        ready = self._spilling.complete(step)
+        for id, tiers in ready:
+            try:
+                self._holding.spill(id, tiers)
+            except SnapshotSkipped as error:  # the next beats tell the others that it never came to be persisted
+                self._spilling.told(id, 0, 0.0, failed=True)
+                _log.warning("%s", error)
+        return ready
+
+    def _last_step(self, ticket: Ticket | None) -> None:
+        """All ranks are here: see the last snapshot to where it is safest, within the grace. Collective."""
+        if ticket is None and self._last_tries < _LAST_TRIES:
+            self._last_tries += 1  # slots were busy, or some rank could not: the next step may do
+            return
+        self._should_stop = True
+        if ticket is None:
+            _log.warning("the job ends without a last snapshot; it goes on from step %s", self.watermark)
+            return
+        state: State = "persisted" if self._spilling.tiers else "sealed" if self._holding.alone else "protected"
+        try:
+            self.wait(ticket, state, max(self._notice.left_s, 1.0) if self._notice.given else self._deadlines.last)
+        except HoldfastError as error:
+            _log.warning("the last snapshot, of step %d, could not be %s: %s", ticket.step, state, error)
+        else:
+            _log.warning("the last snapshot, of step %d, is %s", ticket.step, state)
+
     def _settle_flight(self) -> None:
         """Fence what is open and wait for it to be sealed, within the deadline of ``close``."""
         flight = self._flight
@@ -474,6 +576,9 @@ class Checkpointer:
             relayout=self._binder.stale,
             busy_us=int((time.monotonic() - self._step_began_s) * 1e6),
             digest=self._digest,
+            stop=self._notice.given,
+            due=self._spilling.due(),
+            persisted=self._spilling.persisted,
         )
 
     def _object(self) -> str:
@@ -495,9 +600,38 @@ class Checkpointer:
 
     def _dropped(self, step: int) -> None:
         """All ranks gave *step* up because one of them had to."""
+        self._spilling.dropped(self._id(step))
         if self._id(step) in self._holding.held():
             self._skip("discarded-elsewhere")
             self._holding.discard(self._id(step), "another rank gave it up")
+
+    def _advanced(self, step: int) -> None:
+        """All ranks have *step*."""
+        self._holding.mark_complete(self._id(step))
+        self._holding.persisted = self._pulse.agreed.persisted
+        self._spill_up_to(step)
+
+    def _heard(self, message: wire.FromAgent) -> None:
+        """What the agent says of spills and preemption; on another thread than the training's."""
+        kind = message.WhichOneof("kind")
+        if kind == "spilled":
+            spilled = message.spilled
+            id = SnapshotId(spilled.id.generation, spilled.id.step, spilled.id.run)
+            if spilled.error:
+                self._skip("not-spilled")
+            if id.run == self._run:
+                self._spilling.told(id, spilled.tier, spilled.seconds, failed=bool(spilled.error))
+        elif kind == "due":
+            self._spilling.ask(message.due.tiers)
+        elif kind == "stop":
+            self._notice.give(message.stop.reason)
+
+    def _same_tiers(self, wait_s: float) -> None:
+        """All ranks must spill to the same places. Collective. Raises ``ConfigError``."""
+        mine = json.dumps([tier.to_json() for tier in self._spilling.tiers]).encode()
+        said = self._ranks.gather(mine, "comparing tiers", wait_s)
+        if different := [rank for rank, tiers in enumerate(said) if tiers != said[0]]:
+            raise ConfigError(f"ranks {different[:8]} name other tiers than rank 0 does; all ranks must name the same")
 
     def _lay_out(self, ordinal: int) -> None:
         """All ranks agreed to lay their state out anew."""
@@ -541,8 +675,10 @@ class Checkpointer:
             Agreed(watermark=restored.step if restored else NONE),
             dropped=self._dropped,
             relayout=self._lay_out,
-            advanced=lambda step: self._holding.mark_complete(self._id(step)),
+            advanced=self._advanced,
         )
+        self._spilling.begin_run(restored.step if restored else 0)
+        self._holding.persisted = NONE
 
     def _interrupt_run(self) -> None:
         """Leave the run in the middle; what is held has changed since it began. Collective.
@@ -630,6 +766,11 @@ def _natural(step: int) -> int:
     if not 0 <= number < 1 << 53:
         raise ConfigError(f"step {number} is out of range; a natural number below 2**53 is needed")
     return number
+
+
+def _first(passed: Value | None, said: Value | None, default: Value) -> Value:
+    """What was passed, else what the file says, else the default."""
+    return passed if passed is not None else said if said is not None else default
 
 
 def _by_name(given: Any) -> dict[str, Any]:

@@ -20,6 +20,8 @@ class Deadlines:
         restore: each stage of a restore, for the slowest rank.
         protect: for a snapshot to be protected; after that it is given up.
         beat: at the end of a step, for the other ranks' beat; after that the snapshot is skipped.
+        spill: for a snapshot that is due in a tier to get there; its slot is left alone for so long.
+        last: at the last step before a preemption, for the slowest rank.
         fence: before an optimizer step, for the copies; after that the snapshot is discarded.
         close: at the end, for the last snapshot to be sealed.
     """
@@ -28,6 +30,8 @@ class Deadlines:
     restore: float = 600.0
     protect: float = 60.0
     beat: float = 1.0
+    spill: float = 600.0
+    last: float = 30.0
     fence: float = 60.0
     close: float = 30.0
 

@@ -6,7 +6,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -27,6 +27,7 @@ _RETRY_FROM_S: Final = 0.05
 _RETRY_UP_TO_S: Final = 2.0
 _ROOM_BYTES: Final = 256 << 10
 _NEVER: Final = 1 << 62  # no image is that large
+_OUTCOMES: Final = 8  # answers about spills that are remembered
 
 
 @dataclass(slots=True)
@@ -47,9 +48,11 @@ class Holding:
     Attributes:
         alone: this node has no group, so nothing is protected against its loss.
         welcome: what the agent said of itself.
+        persisted: the newest step of this run that all ranks know to lie in the nearest tier, or ``NONE``.
     """
 
     welcome: wire.Welcome
+    persisted: int = NONE
 
     def __init__(
         self,
@@ -62,16 +65,20 @@ class Holding:
         image_bytes: int,
         table_bytes: int,
         timeout_s: float,
+        tiers: Sequence[str] = (),
         unmapping: Callable[[Slot], None] = lambda slot: None,
         gave_up: Callable[[str], None] = lambda reason: None,
+        heard: Callable[[wire.FromAgent], None] = lambda message: None,
     ) -> None:
         """Attach to the agent, which is started if there is none.
 
         Args:
             image_bytes, table_bytes: size of each slot; sealed slots keep the size they have.
             timeout_s: how long starting, attaching and prefaulting may take together.
+            tiers: as ``TierSettings`` writes them, for the agent.
             unmapping: called before a slot's memory goes away.
             gave_up: called when a sealed snapshot had to be given up, on another thread.
+            heard: what the agent says of spills and preemption, on another thread.
 
         Raises:
             HoldfastError: no agent, another's agent, another version, or not enough memory.
@@ -80,6 +87,10 @@ class Holding:
         self._rank = rank
         self._unmapping = unmapping
         self._gave_up = gave_up
+        self._heard = heard
+        self._pinned: dict[SnapshotId, float] = {}  # until when at most, by the monotonic clock
+        self._spills: dict[SnapshotId, tuple[wire.FromTrainer, set[int]]] = {}  # not answered yet: which tiers
+        self._outcomes: dict[SnapshotId, HoldfastError | None] = {}  # of the nearest tier: None if it has the image
         self._guarded: set[SnapshotId] = set()
         self._complete: SnapshotId | None = None  # the newest snapshot that is never given up
         self._roster: wire.FromTrainer | None = None
@@ -96,8 +107,9 @@ class Holding:
         self._attachment: Attachment | None = None
         self._closed = False
         self._hello = hello(
-            settings, version, rank=rank, world=world, slots=slots, image_bytes=image_bytes, table_bytes=table_bytes
-        )
+            settings, version, rank=rank, world=world, slots=slots, image_bytes=image_bytes, table_bytes=table_bytes,
+            tiers=tiers,
+        )  # fmt: skip
         self.alone = True
         self._attach(timeout_s)
 
@@ -109,8 +121,11 @@ class Holding:
             if self._attachment is None:
                 return "agent-away"
             sealed = [s.id for s in self._states if s.stage is Stage.SEALED and s.id is not None]
-            if overwritable(self._states, max(sealed, default=None)) is not None:
+            newest = max(sealed, default=None)
+            if overwritable(self._states, newest, self._pins()) is not None:
                 return None
+            if overwritable(self._states, newest) is not None:
+                return "spilling"
             growing = any(s.stage is Stage.GROWING for s in self._states)
             return "slot-growing" if growing else "slots-busy"
 
@@ -127,7 +142,7 @@ class Holding:
             image_bytes, table_bytes: what must fit.
         """
         with self._changed:
-            index = overwritable(self._states, keep)
+            index = overwritable(self._states, keep, self._pins())
             if index is None or self._attachment is None:
                 return None
             slot = self._slots[index]
@@ -164,7 +179,7 @@ class Holding:
             copied = wire.Copied(
                 slot=index, nonce=flight.nonce, run=id.run, generation=id.generation, step=id.step,
                 watermark=flight.watermark, layout=layout, image_bytes=image_bytes, keep=flight.keep,
-                floor_stands=self._floor_stands,
+                floor_stands=self._floor_stands, persisted=self.persisted + 1,
             )  # fmt: skip
             flight.copied = wire.FromTrainer(copied=copied)
             self._send(flight.copied)
@@ -190,6 +205,7 @@ class Holding:
             self._slots[index].unseal()
             self._states[index] = self._states[index].after(Event.DISCARDED)
             self._guarded.discard(id)
+            self._pinned.pop(id, None)
             flight = self._flights.pop(index, None)
             nonce = flight.nonce if flight is not None else 0
             self._send(
@@ -214,6 +230,60 @@ class Holding:
             for id in newer:
                 self.discard(id, f"the job went back to {than}")
             return newer
+
+    # -- spilling ----------------------------------------------------------------------------------------------------
+
+    def pin(self, id: SnapshotId, timeout_s: float) -> None:
+        """Leave the slot of *id* alone until it is spilled, or that long: who spills it may never answer."""
+        with self._changed:
+            self._pinned[id] = time.monotonic() + timeout_s
+
+    def spill(self, id: SnapshotId, tiers: int) -> None:
+        """Have the agent write this rank's image of *id*, which is complete on all ranks, to the first *tiers* tiers.
+
+        Raises ``SnapshotSkipped`` if it is not here any more.
+        """
+        with self._changed:
+            if find(self._states, id) is None:
+                raise SnapshotSkipped(f"{id} cannot be spilled: a newer snapshot has taken its slot")
+            message = wire.FromTrainer(spill=wire.Spill(id=wire_id(id), tiers=tiers))
+            self._spills[id] = message, set(range(tiers))
+            self._send(message)
+
+    def wait_spilled(self, id: SnapshotId, timeout_s: float) -> None:
+        """Return once the nearest tier has this rank's image of *id*.
+
+        Raises:
+            HoldfastError: why the agent could not write it.
+            DeadlinePassed: it did not answer in time.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        with self._changed:
+            while id not in self._outcomes:
+                if not self._changed.wait(deadline_s - time.monotonic()):
+                    raise DeadlinePassed(f"{id} of rank {self._rank} was not spilled within {timeout_s:g} s")
+            if (error := self._outcomes[id]) is not None:
+                raise error
+
+    def _pins(self) -> frozenset[SnapshotId]:
+        now_s = time.monotonic()
+        self._pinned = {id: until_s for id, until_s in self._pinned.items() if until_s > now_s}
+        return frozenset(self._pinned)
+
+    def _spilled(self, spilled: wire.Spilled) -> None:
+        id = id_of(spilled.id)
+        with self._changed:
+            _, outstanding = self._spills.get(id, (None, set()))
+            outstanding.discard(spilled.tier)
+            if not outstanding:
+                self._spills.pop(id, None)
+            if not spilled.error or not outstanding:  # the slower tiers copy from the one that has it
+                self._pinned.pop(id, None)
+            if spilled.tier == 0:
+                kept = sorted(self._outcomes)[-_OUTCOMES:]
+                self._outcomes = {old: self._outcomes[old] for old in kept}
+                self._outcomes[id] = told(spilled.error) if spilled.error else None
+            self._changed.notify_all()
 
     def report(self, report: wire.Report) -> None:
         """Figures for ``holdfast status``."""
@@ -308,6 +378,13 @@ class Holding:
         with AgentClient.at(self._settings) as client:
             return client.inventory(timeout_s)
 
+    def stored(self, timeout_s: float) -> wire.TierList:
+        """What this node's agent finds in the tiers."""
+        if not self._hello.tiers:
+            return wire.TierList()
+        with AgentClient.at(self._settings) as client:
+            return client.stored(timeout_s)
+
     def close(self, *, ended: bool) -> None:
         """Let go. *ended*: the job is done; otherwise the agent keeps the snapshots for whoever comes back."""
         with self._changed:
@@ -401,6 +478,8 @@ class Holding:
                 self._send(self._layout)
             if self._roster is not None:
                 self._send(self._roster)
+            for spill, _ in self._spills.values():
+                self._send(spill)
             for index in range(len(self._states)):
                 flight = self._flights.get(index)
                 if (
@@ -433,6 +512,10 @@ class Holding:
             self._has_guarded(id_of(message.guarded.id))
         elif kind == "unguarded":
             self._cannot_guard(id_of(message.unguarded.id), message.unguarded.reason)
+        elif kind in ("spilled", "due", "stop"):
+            if kind == "spilled":
+                self._spilled(message.spilled)
+            self._heard(message)
 
     def _has_answered(self, answer: wire.Rostered) -> None:
         if answer.error:

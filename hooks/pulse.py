@@ -14,10 +14,14 @@ from .ranks import Pending, Ranks
 
 @dataclass(slots=True)
 class _UnderWay:
-    """One beat: its ordinal, its operation, and, once the step's end was reached, which step that was."""
+    """One beat: its ordinal, its operation, and, once the step's end was reached, which step that was.
+
+    ``stop``: it is known here that it may make its step the last one.
+    """
 
     ordinal: int
     pending: Pending[list[list[int]]]
+    stop: bool
     step: int | None = None
     wanted: bool = False
 
@@ -31,6 +35,9 @@ class Standing:
         able: no objection to a snapshot.
         relayout: the state's structure has changed.
         busy_us: duration of the running step so far, in microseconds.
+        stop: a preemption notice has come to this rank.
+        due: to how many tiers the next snapshot should go.
+        persisted: the newest step of this run whose image of this rank lies in the nearest tier, or ``NONE``.
         digest: the newest step that this rank has begun to copy, and the digest of what all ranks should hold alike, sampled
             then; None if there is none.
     """
@@ -40,6 +47,9 @@ class Standing:
     relayout: bool
     busy_us: int
     digest: tuple[int, int] | None = None
+    stop: bool = False
+    due: int = 0
+    persisted: int = NONE
 
 
 class Pulse:
@@ -88,10 +98,14 @@ class Pulse:
             self._settle(timeout_s=0.0)  # it was late: should its step have been taken, it is not held here
         if self._beat is None and self._ordinal >= self.agreed.resume_at:
             facts = self._facts(standing())
-            self._beat = _UnderWay(self._ordinal, self._ranks.reduce_min(facts.to_vector()))
+            pending = self._ranks.reduce_min(facts.to_vector())
+            self._beat = _UnderWay(self._ordinal, pending, self.agreed.stopping or facts.stop)
 
-    def harvest(self, step: int, wanted: bool, standing: Callable[[], Standing], timeout_s: float) -> Verdict:
-        """End the running step: the verdict on it, waiting for the other ranks at most *timeout_s*."""
+    def harvest(
+        self, step: int, wanted: bool, standing: Callable[[], Standing], timeout_s: float, patience_s: float = 0.0
+    ) -> Verdict:
+        """End the running step: the verdict on it, waiting for the other ranks at most *timeout_s*; or, if it may be the last
+        one, *patience_s*, as all ranks must end together."""
         ordinal = self._ordinal
         try:
             self.start(standing)
@@ -102,7 +116,7 @@ class Pulse:
         mine = self._beat.ordinal == ordinal
         if mine:
             self._beat.step, self._beat.wanted = step, wanted
-        verdict = self._settle(timeout_s) if mine else None
+        verdict = self._settle(max(timeout_s, patience_s) if self._beat.stop else timeout_s) if mine else None
         return verdict or Verdict(False, "beat-late" if wanted else None)
 
     def _settle(self, timeout_s: float) -> Verdict | None:
@@ -152,4 +166,9 @@ class Pulse:
             busy_us=standing.busy_us,
             low_digest=digest,
             high_digest=digest,
+            stop=standing.stop,
+            all_stop=standing.stop,
+            due=standing.due,
+            low_persisted=standing.persisted,
+            high_persisted=standing.persisted,
         )

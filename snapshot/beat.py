@@ -153,8 +153,14 @@ def settle(agreed: Agreed, facts: Facts, *, step: int, wanted: bool, slots: int)
     take = wanted and reason is None
     resume_at = agreed.resume_at if facts.first_beat == facts.last_beat else facts.last_beat + 1
     persisted = facts.low_persisted if facts.low_persisted == facts.high_persisted else NONE
-    now = Agreed(watermark, (*outstanding, step) if take else outstanding, resume_at, max(agreed.persisted, persisted))
-    return now, Verdict(take, reason, relayout, facts.stop, facts.busy_us, facts.due)
+    now = Agreed(
+        watermark,
+        (*outstanding, step) if take else outstanding,
+        resume_at,
+        max(agreed.persisted, persisted),
+        agreed.stopping or facts.stop,
+    )
+    return now, Verdict(take, reason, relayout, last, facts.busy_us, facts.due)
 
 
 def _objection(

@@ -82,7 +82,7 @@ class InTier:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class Persisted:
     """An image that comes from a tier, and the agents that can read it there."""
 
     rank: int
@@ -90,7 +90,7 @@ class Stored:
     agents: tuple[str, ...]
 
 
-Origin = Held | Rebuilt | Stored
+Origin = Held | Rebuilt | Persisted
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +150,7 @@ class Plan:
 def _words(source: Origin) -> str:
     if isinstance(source, Held):
         return f"{source.path} of agent {source.agent}, {source.image_bytes} bytes"
-    if isinstance(source, Stored):
+    if isinstance(source, Persisted):
         return f"held by nobody; read from tier {source.tier} by {', '.join(source.agents)}"
     return f"held by nobody; rebuilt with the parity of {', '.join(source.agents)}"
 
@@ -235,12 +235,12 @@ def _whole_in_some_tier(parts: Sequence[InTier]) -> bool:
 
 def _stored(
     id: SnapshotId, rank: int, parts: Sequence[InTier], unread: frozenset[tuple[SnapshotId, int, int]]
-) -> Stored | None:
+) -> Persisted | None:
     """The nearest tier that has the image of *rank*. *parts* are of snapshot *id*, nearest first."""
     there = [part for part in parts if part.holds(rank) and (id, rank, part.tier) not in unread]
     if not there:
         return None
-    return Stored(rank, there[0].tier, tuple(part.agent for part in there if part.tier == there[0].tier))
+    return Persisted(rank, there[0].tier, tuple(part.agent for part in there if part.tier == there[0].tier))
 
 
 def _sources(
@@ -250,7 +250,7 @@ def _sources(
     world: int,
     lost: frozenset[int],
     spoiled: frozenset[int],
-    below: Mapping[int, Stored],
+    below: Mapping[int, Persisted],
 ) -> tuple[tuple[Origin, ...], str | None]:
     """A source for each rank's image, or why that cannot be. *below*: what tiers have."""
     if not worlds:

@@ -176,7 +176,7 @@ def test_the_verdict_passes_on_what_any_rank_said() -> None:
 
 def test_a_preemption_notice_at_one_rank_makes_the_next_step_the_last() -> None:
     noticed, verdict = settled(Agreed(7), facts(Agreed(7), 7, stop=True), wanted=False)
-    assert (noticed, verdict) == (Agreed(7, stopping=True), Verdict(False))
+    assert (noticed, verdict) == (Agreed(7, stopping=True), Verdict(take=False))
     assert settled(noticed, facts(noticed, 7), wanted=False)[1] == Verdict(True, None, stop=True)
     unable = facts(noticed, 7, able=False)
     assert settled(noticed, unable, wanted=False)[1] == Verdict(False, "not-able", stop=True)

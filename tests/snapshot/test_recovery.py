@@ -7,7 +7,7 @@ from itertools import permutations
 
 from holdfast.snapshot.beat import NONE
 from holdfast.snapshot.record import SnapshotId
-from holdfast.snapshot.recovery import Held, InTier, Plan, Rejected, Stored, plan
+from holdfast.snapshot.recovery import Held, InTier, Plan, Rejected, Persisted, plan
 
 RUN, TWIN, NEXT = (run * 32 for run in "abc")
 
@@ -140,7 +140,7 @@ def in_tier(snapshot: SnapshotId, *ranks: tuple[int, int], world: int = 2, tier:
 def test_a_tier_gives_what_memory_lost() -> None:
     a = id(5)
     found = plan([], 2, stored=[in_tier(a, (0, 2))])
-    assert (found.chosen, found.sources) == (a, (Stored(0, 0, ("n1",)), Stored(1, 0, ("n1",))))
+    assert (found.chosen, found.sources) == (a, (Persisted(0, 0, ("n1",)), Persisted(1, 0, ("n1",))))
     assert "read from tier 0 by n1" in found.explain()
 
 
@@ -148,8 +148,8 @@ def test_memory_comes_before_tiers_and_near_tiers_before_far_ones() -> None:
     a = id(5)
     held = image(a, 0)
     stored = [in_tier(a, (0, 2), tier=1), in_tier(a, (1, 2), tier=0, agent="n2"), in_tier(a, (0, 2), tier=0)]
-    assert plan([held], 2, stored=stored).sources == (held, Stored(1, 0, ("n1", "n2")))
-    assert plan([held], 2, stored=stored, unreadable=[(a, 1, 0)]).sources == (held, Stored(1, 1, ("n1",)))
+    assert plan([held], 2, stored=stored).sources == (held, Persisted(1, 0, ("n1", "n2")))
+    assert plan([held], 2, stored=stored, unreadable=[(a, 1, 0)]).sources == (held, Persisted(1, 1, ("n1",)))
 
 
 def test_newer_in_memory_alone_is_passed_over_for_what_a_tier_has_whole() -> None:
@@ -163,7 +163,7 @@ def test_newer_in_memory_alone_is_passed_over_for_what_a_tier_has_whole() -> Non
 def test_parts_of_node_local_tiers_make_a_whole() -> None:
     a = id(5)
     parts = [in_tier(a, (0, 1), agent="n1"), in_tier(a, (1, 2), agent="n2")]
-    assert plan([], 2, stored=parts).sources == (Stored(0, 0, ("n1",)), Stored(1, 0, ("n2",)))
+    assert plan([], 2, stored=parts).sources == (Persisted(0, 0, ("n1",)), Persisted(1, 0, ("n2",)))
     assert plan([], 2, stored=parts[:1]).chosen is None
     assert plan([], 2, stored=parts[:1]).loss is None  # a spill that was cut short: nothing was persisted
     assert plan([], 2, stored=parts, unreadable=[(a, 1, 0)]).loss is not None  # it was whole, and is not any more
