@@ -93,7 +93,9 @@ class Protector:
         self._status = wire.GroupStatus()
         self._measured: tuple[SnapshotId, float] | None = None  # what the figures in it are of, and since when
         self._materialising: dict[tuple[SnapshotId, int], asyncio.Lock] = {}
-        self._materialised: dict[tuple[SnapshotId, int], wire.MaterialiseReply] = {}
+        self._materialised: dict[
+            tuple[SnapshotId, int], tuple[bytes, wire.MaterialiseReply]
+        ] = {}  # what was asked last, and the answer
         self._ranks: tuple[int, ...] = ()
         self.peers: tuple[str, ...] = ()  # addresses of all agents of the job
 
@@ -139,12 +141,13 @@ class Protector:
         self._materialising.clear()
         self._materialised.clear()
         self._measured = None
-        self._ranks = next(tuple(peer.ranks) for peer in roster.peers if peer.agent == self._name)
+        ranks = next(tuple(peer.ranks) for peer in roster.peers if peer.agent == self._name)
+        self._ranks = ()  # until the guard is of this run: a late word on the last one says nothing of what may go
         self.peers = tuple(peer.address for peer in roster.peers)
         floor = id_of(roster.floor) if roster.HasField("floor") else None
         if table is None:
             self._perform(self._guard.assemble(None, roster.run, floor, [], roster.timeout_s))
-            self._addresses = ()
+            self._addresses, self._ranks = (), ranks
             return wire.Rostered(alone=True)
         n, m = len(peers), table.tolerance
         capacity = max(peer.image_bytes for peer in peers)
@@ -178,6 +181,7 @@ class Protector:
         self._arenas.mark_complete({id_of(p.parity.id) for p in roster.kept})
         cells = [lane[:count] for lane in self._arenas.cells(table.me, kept)[: table.lanes]]
         actions = self._guard.assemble(table, roster.run, floor, cells, roster.timeout_s)
+        self._ranks = ranks
         self._perform(actions)
         for held in self._arenas.inventory():
             if held.id.run == roster.run or held.id == floor:
@@ -540,11 +544,14 @@ class Protector:
         """
         what = (id_of(request.id), request.rank)
         async with self._materialising.setdefault(what, asyncio.Lock()):  # several ranks may need the same image
-            if (done := self._materialised.get(what)) is None:
-                rebuilder = Rebuilder(self._name, self._arenas, self._peers, self._open, self._combine, self._load)
-                done = self._materialised[what] = await rebuilder.run(request)
-                self._status.damaged += rebuilder.repaired
-                _log.info("%s of rank %d: %s", what[0], request.rank, done.how)
+            said = request.SerializeToString(deterministic=True)
+            if (before := self._materialised.get(what)) is not None and before[0] == said:
+                return before[1]
+            rebuilder = Rebuilder(self._name, self._arenas, self._peers, self._open, self._combine, self._load)
+            done = await rebuilder.run(request)
+            self._materialised[what] = said, done  # whoever asks otherwise next has found that something is damaged
+            self._status.damaged += rebuilder.repaired
+            _log.info("%s of rank %d: %s", what[0], request.rank, done.how)
             return done
 
     async def bring(self, request: wire.MaterialiseRequest) -> wire.MaterialiseReply:

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -127,7 +127,10 @@ class Spiller:
 
     async def close(self) -> None:
         """Give up what is under way. A spill that was cut short leaves no entry, so nothing that counts."""
-        tasks = [*self._running, *(tier.tidying for tier in self._tiers if tier.tidying is not None)]
+        tasks: list[asyncio.Task[Any]] = [
+            *self._running,
+            *(tier.tidying for tier in self._tiers if tier.tidying is not None),
+        ]
         tasks += [self._listing] if self._listing is not None else []
         for task in tasks:
             task.cancel()
@@ -377,18 +380,11 @@ class Spiller:
             await reader.read_image(slot.image[: entry.image_bytes])
         for damage in reader.damaged:
             _log.warning("%s of rank %d: %s in %s: %s", id, rank, damage.key, damage.url, damage.reason)
-        record = await to_the_end(
-            asyncio.to_thread(
-                self._arenas.seal_read,
-                slot,
-                id,
-                rank=rank,
-                world=world,
-                watermark=entry.watermark,
-                image_bytes=entry.image_bytes,
-                layout=layout,
-            )  # fmt: skip
-        )
+        sealed = partial(
+            self._arenas.seal_read, slot, id, rank=rank, world=world, watermark=entry.watermark,
+            image_bytes=entry.image_bytes, layout=layout,
+        )  # fmt: skip
+        record = await to_the_end(asyncio.to_thread(sealed))
         how = f"read from {' and '.join(dict.fromkeys(store.url for store in stores[: 1 + bool(reader.damaged)]))}"
         return wire.MaterialiseReply(path=slot.place.path, how=how, checks_crc=record.checks_crc)
 

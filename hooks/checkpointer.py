@@ -20,6 +20,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
@@ -91,7 +92,7 @@ class Checkpointer:
         protect: str | None = None,
         tiers: Sequence[Tier] | None = None,
         grace: str | float | None = None,
-        config: str | os.PathLike[str] | None = None,
+        config: str | Path | None = None,
         job: str | None = None,
         shm: str | None = None,
         agent: str | None = None,

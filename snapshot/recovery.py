@@ -31,6 +31,11 @@ class Held:
     complete: bool = False
     checks_crc: int = 0
 
+    @property
+    def where(self) -> tuple[SnapshotId, str, str]:
+        """What tells this copy from any other of the same image."""
+        return self.id, self.agent, self.path
+
 
 @dataclass(frozen=True, slots=True)
 class HeldParity:
@@ -158,7 +163,7 @@ def _words(source: Origin) -> str:
 def plan(
     held: Iterable[Held],
     world: int,
-    damaged: Iterable[tuple[SnapshotId, int]] = (),
+    damaged: Iterable[Held] = (),
     parities: Iterable[HeldParity] = (),
     hopeless: Iterable[tuple[SnapshotId, int]] = (),
     stored: Iterable[InTier] = (),
@@ -169,7 +174,8 @@ def plan(
     Args:
         held: every sealed image that any agent reports; order and repetitions do not matter.
         world: the number of ranks that want their state back.
-        damaged: (snapshot, rank) pairs already found not to match their checksums; they count as not held.
+        damaged: those of *held* already found not to match their checksums; they count as not held. Other copies of
+            the same images are as good as before.
         parities: every sealed parity that any agent reports. An image is rebuilt only of a snapshot known to have been
             complete: of any other, nobody knows whether the lost rank had sealed it.
         hopeless: (snapshot, rank) pairs that could not be rebuilt.
@@ -189,7 +195,7 @@ def plan(
 def prospects(
     held: Iterable[Held],
     world: int | None = None,
-    damaged: Iterable[tuple[SnapshotId, int]] = (),
+    damaged: Iterable[Held] = (),
     parities: Iterable[HeldParity] = (),
     hopeless: Iterable[tuple[SnapshotId, int]] = (),
     stored: Iterable[InTier] = (),
@@ -199,7 +205,7 @@ def prospects(
 
     Without *world*, each is looked at as for as many ranks as took it.
     """
-    bad, beyond = frozenset(damaged), frozenset(hopeless)
+    bad, beyond = {copy.where: copy for copy in damaged}, frozenset(hopeless)
     images: dict[SnapshotId, list[Held]] = {}
     for image in held:
         images.setdefault(image.id, []).append(image)
@@ -212,9 +218,9 @@ def prospects(
     unread = frozenset(unreadable)
     known = known_complete(images) | {id for id, parts in tiers.items() if _whole_in_some_tier(parts)}
     for id in sorted(images.keys() | tiers.keys() | known, reverse=True):
-        good = [image for image in images.get(id, []) if (id, image.rank) not in bad]
+        good = [image for image in images.get(id, []) if image.where not in bad]
         lost = frozenset(rank for its, rank in beyond if its == id)
-        spoiled = frozenset(rank for its, rank in bad if its == id)
+        spoiled = frozenset(copy.rank for copy in bad.values() if copy.id == id)
         help_ = guards.get(id, []) if id in known else []
         worlds = {image.world for image in images.get(id, [])} | {part.world for part in tiers.get(id, [])}
         ranks = max(worlds, default=0) if world is None else world
