@@ -160,13 +160,20 @@ class Pruner:
         return no_room(self._settings, snapshot_bytes, await self._store.free_bytes(), held)
 
     async def _probe(self) -> str:
-        """Put an object, for its time of modification. On a full store there is none, and what was put last must do."""
+        """Put an object, for its time of modification. Where none can be put, what was put last must do."""
         key = f"{_CLOCK}{uuid.uuid4()}.json"
         try:
-            await self._store.put(key, [seal({"format": 1})])
+            await self._put_small(key, {"format": 1})
         except TierFull:
             return ""
         return key
+
+    async def _put_small(self, key: str, document: dict[str, object]) -> None:
+        """Put a document whose presence is what counts: an empty one still fits where there is no room for contents."""
+        try:
+            await self._store.put(key, [seal(document)])
+        except TierFull:
+            await self._store.put(key, [])
 
     async def _sweep_documents(self, found: Survey, probe: str, now_s: float) -> None:
         """Remove the probe and those that killed processes left, leases of the dead, and tombstones that have done their time."""
@@ -272,14 +279,13 @@ class Pruner:
         """Put the tombstone; whether somebody reads the snapshot who began before."""
         reach("prune.before-tombstone")
         key = tombstone_key(id)
-        tombstone = seal({"format": 1, "snapshot": snapshot_name(id), "reason": reason})
         try:
-            await self._store.put(key, [tombstone])
+            await self._put_small(key, {"format": 1, "snapshot": snapshot_name(id), "reason": reason})
         except TierFull:
-            # No room even for this. Without its entries it is no snapshot any more, and they leave room; the data stays
-            # until there is a tombstone, as a writer might yet add its entry.
+            # Not one more file may be there. Without its entries it is no snapshot any more, and they leave room; the data
+            # stays until there is a tombstone, as a writer might yet add its entry.
             await self._store.delete([one.key for one in await self._store.list(entries_of(id))])
-            await self._store.put(key, [tombstone])
+            await self._store.put(key, [])
         now_s = next(one.modified_s for one in await self._store.list(DELETED) if one.key == key)
         return _alive(await self._store.list(readers_of(id)), now_s)
 
