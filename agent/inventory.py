@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..snapshot.record import SnapshotId
-from ..snapshot.recovery import Held, HeldParity
+from ..snapshot.recovery import Held, HeldParity, InTier
 from . import wire_pb2 as wire
 from .client import id_of, wire_id
 
@@ -24,6 +24,14 @@ def held_parities(reply: wire.ImageList) -> list[HeldParity]:
     return [
         HeldParity(id_of(p.id), p.key, p.index, tuple(p.ranks), p.tolerance, reply.agent, p.lane)
         for p in reply.parities
+    ]
+
+
+def in_tiers(reply: wire.TierList) -> list[InTier]:
+    """What an agent finds in the tiers."""
+    return [
+        InTier(id_of(i.id), i.world, i.tier, tuple((r.offset, r.offset + r.nbytes) for r in i.ranks), reply.agent)
+        for i in reply.images
     ]
 
 

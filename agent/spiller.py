@@ -86,6 +86,11 @@ class _Job:
     tell: Tell
     answers: list[wire.FromAgent] = field(default_factory=list)
 
+    @property
+    def failed(self) -> bool:
+        """Whether some tier could not be written."""
+        return any(answer.spilled.error for answer in self.answers)
+
 
 class Spiller:
     """One agent's part in spilling. All methods run on the event loop; heavy work goes to threads."""
@@ -149,7 +154,7 @@ class Spiller:
     def spill(self, rank: int, world: int, id: SnapshotId, tiers: int, tell: Tell) -> None:
         """Write that image to the first *tiers* tiers. Asked again, it says again what it has said."""
         known = self._jobs.get((rank, id))
-        if known is not None and known.tiers >= tiers:
+        if known is not None and known.tiers >= tiers and not (known.failed and known not in self._running.values()):
             known.tell = tell
             for answer in known.answers:
                 self._spawn(self._say(known, answer, again=True), known)

@@ -11,18 +11,18 @@ ckpt.close()
 
 from __future__ import annotations
 
-import json
 import logging
 import operator
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Self
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -30,7 +30,6 @@ from torch.utils.hooks import RemovableHandle
 from .._version import __version__
 from ..agent import wire_pb2 as wire
 from ..agent.settings import NodeSettings
-from ..erasure.placement import Protection
 from ..errors import ConfigError, HoldfastError, SnapshotSkipped, StateUnreachable
 from ..snapshot.arena import Slot
 from ..snapshot.beat import NONE, Agreed
@@ -38,29 +37,25 @@ from ..snapshot.capture import Binding, Capture, Copier, copier_for
 from ..snapshot.codec import encode
 from ..snapshot.record import SnapshotId, table_bytes_for
 from ..snapshot.recovery import HeldParity, Relied, plan, relied_on
-from ..snapshot.state import TrainingState, to_leaf
-from ..storage.config import configured
-from ..storage.quantity import parse_seconds
-from ..storage.tiers import Tier, parse_tiers
+from ..snapshot.state import to_leaf
+from ..storage.tiers import Tier
 from .binder import Binder
+from .books import Books
 from .contract import Deadlines, State, Stats, Ticket
 from .holding import Holding
+from .options import Options
 from .preemption import Notice
 from .pulse import Pulse, Standing
 from .ranks import Ranks, join
 from .restore import Found, Restorer, gather_inventories, together
 from .roster import gather_roster
+from .sizing import by_name, look_through
 from .spilling import Spilling
 
 _log = logging.getLogger(__name__)
-Value = TypeVar("Value")
-_ROOM_BYTES: Final = 256 << 10  # in every image, for values that grow
-_ENTRY_BYTES: Final = 120  # of one slice in a layout text, without its name
 _REPORT_EVERY_S: Final = 0.5
-_VALUES_ROOM: Final = 1.5  # values may grow to so many times their first size before a slot has to grow
 _GATHER_S: Final = 10.0  # for the other ranks to say that they waited in vain
 _LAST_TRIES: Final = 8  # steps at which a last snapshot is tried, when the job is to end
-_LOG_AGAIN_S: Final = 30.0  # the same trouble is logged at most so often; all of it is counted
 
 
 @dataclass(slots=True)
@@ -127,39 +122,31 @@ class Checkpointer:
             AgentError: the agent cannot be reached, trusted, or is of another version or job.
             ConfigError, PeerFailed: a bad argument; another rank's failure.
         """
-        said = configured(os.environ, config)
-        self._every = _first(every, said.every, 1)
-        slots = _first(slots, said.slots, 2)
-        if self._every < 1 or slots < 2:
-            raise ConfigError(f"every={self._every}, slots={slots}: at least 1 and 2 are needed")
-        self._protect = _first(protect, said.protect, "auto")
-        Protection.parse(self._protect)
-        places = parse_tiers(said.tiers if tiers is None else tiers)
-        grace_s = parse_seconds(grace, "grace") if isinstance(grace, str) else grace
-        self._strict = strict
+        options = Options.read(
+            os.environ, config, job=job, every=every, slots=slots, protect=protect, tiers=tiers, grace=grace
+        )
+        self._every, self._protect, self._slot_count = options.every, options.protect, options.slots
         self._deadlines = deadlines or Deadlines()
-        self._settings = NodeSettings.read(os.environ, job=job or said.job, shm=shm, socket=agent)
+        self._settings = NodeSettings.read(os.environ, job=options.job, shm=shm, socket=agent)
         self._ranks: Ranks = join()
-        self._spilling = Spilling(places, asks=self._ranks.rank == 0)
+        self._spilling = Spilling(options.tiers, asks=self._ranks.rank == 0)
         self._should_stop = False
         self._last_tries = 0
-        self._stats = Stats()
+        self._books = Books(strict=strict)
+        self._stats = self._books.stats
         self._flight: _Flight | None = None
         self._restored: SnapshotId | None = None
         self._floor: SnapshotId | None = None
         self._torch_hooks: list[RemovableHandle] = []
-        self._logged_s: dict[str, float] = {}
         self._closed = False
-        self._step_began_s = time.monotonic()
         self._reported_s = -_REPORT_EVERY_S
-        self._stall_s = 0.0
         self._objection = ""
         self._digest: tuple[int, int] | None = None
         with ExitStack() as undo:
             undo.callback(self._ranks.close)
-            self._notice = Notice(grace_s)
+            self._notice = Notice(options.grace_s)
             undo.callback(self._notice.close)
-            self._set_up(undo, _by_name(model), _by_name(optimizer), extras or {}, slots)
+            self._set_up(undo, by_name(model), by_name(optimizer), extras or {})
             undo.pop_all()
 
     def _set_up(
@@ -168,13 +155,12 @@ class Checkpointer:
         models: Mapping[str, nn.Module],
         optimizers: Mapping[str, Any],
         extras: Mapping[str, Any],
-        slots: int,
     ) -> None:
         """All that can fail, in stages that every rank goes through together; *undo* collects what a failure takes back."""
         wait_s = self._deadlines.attach
-        self._same_tiers(wait_s)
+        self._spilling.compare(self._ranks, wait_s)
         self._state, image_bytes, table_bytes = together(
-            self._ranks, "looking through the state", wait_s, lambda: _look_through(models, optimizers, extras)
+            self._ranks, "looking through the state", wait_s, lambda: look_through(models, optimizers, extras)
         )
         self._copier: Copier = together(
             self._ranks, "preparing the copies", wait_s, lambda: copier_for(self._state.survey())
@@ -188,13 +174,13 @@ class Checkpointer:
                 __version__,
                 rank=self._ranks.rank,
                 world=self._ranks.world,
-                slots=slots,
+                slots=self._slot_count,
                 image_bytes=image_bytes,
                 table_bytes=table_bytes,
                 timeout_s=wait_s,
                 tiers=[tier.to_json() for tier in self._spilling.tiers],
                 unmapping=self._unmapping,
-                gave_up=self._skip,
+                gave_up=self._books.skip,
                 heard=self._heard,
             )
             undo.callback(holding.close, ended=False)
@@ -203,7 +189,7 @@ class Checkpointer:
             return holding
 
         self._holding = together(self._ranks, "attaching to the agents", wait_s, attach)
-        self._slot_count = slots
+        self._spilling.holding = self._holding
         self._found: Found | None = self._begin_run()
         for optimizer in self._state.optimizers.values():
             hook = optimizer.register_step_pre_hook(lambda *_: self.fence())
@@ -238,10 +224,10 @@ class Checkpointer:
 
         Waits for the copy under way, which in most steps has long ended. Calling it more often than needed does no harm.
         """
-        with self._guard("fence"):
+        with self._books.guard("fence"):
             self._close_window()
             self._copier.fence(self._deadlines.fence)  # again: another stream may be about to mutate
-        with self._guard("beat"):
+        with self._books.guard("beat"):
             if self._binder.started:
                 self._pulse.start(self._standing)
 
@@ -263,7 +249,7 @@ class Checkpointer:
             raise StateUnreachable(
                 f"step {ticket.step} cannot become protected: this node has no peers to protect with"
             )
-        with self._guard("fence"):
+        with self._books.guard("fence"):
             self._close_window()
         if state == "sealed":
             self._holding.wait_sealed(_taken(ticket), timeout_s)
@@ -350,7 +336,7 @@ class Checkpointer:
         if self._closed:
             return
         self._closed = True
-        with self._guard("close"):
+        with self._books.guard("close"):
             self._settle_flight()
         for handle in self._torch_hooks:
             handle.remove()
@@ -362,7 +348,7 @@ class Checkpointer:
             lambda: self._holding.close(ended=ended),
             self._ranks.close,
         ):
-            with self._guard("close"):
+            with self._books.guard("close"):
                 part()
 
     def __enter__(self) -> Self:
@@ -377,26 +363,27 @@ class Checkpointer:
 
     def _end_step(self, step: int, *, wanted: bool) -> Ticket:
         ticket = Ticket(step, "trouble")
-        with self._guard("fence"):
+        with self._books.guard("fence"):
             self._close_window()
-        with self._guard("layout"):
+        with self._books.guard("layout"):
             if not self._binder.started:
                 self._start_fresh_or_not(step)
                 self._binder.first(self._deadlines.attach)
-        with self._guard("step"):
+        with self._books.guard("step"):
             patience_s = max(self._notice.left_s, self._deadlines.last)
             verdict = self._pulse.harvest(step, wanted, self._standing, self._deadlines.beat, patience_s)
             self._spilling.step_ended(step)
+            self._holding.persisted = self._pulse.agreed.persisted
             if verdict.take:
                 ticket = self._take(step, verdict.due or int(verdict.stop and bool(self._spilling.tiers)))
             elif wanted:
                 reason = (self._objection or "another-rank") if verdict.reason == "not-able" else verdict.reason
-                self._skip(reason)
+                self._books.skip(reason)
                 ticket = Ticket(step, reason)
             if verdict.stop:
                 self._last_step(ticket if verdict.take else None)
-        with self._guard("report"):
-            self._account()
+        with self._books.guard("report"):
+            self._books.end_step()
             if ticket.id is None:
                 self._report(step)
         return ticket
@@ -423,7 +410,7 @@ class Checkpointer:
             self._holding.discard(id, str(error))
             raise
         if reason is not None:
-            self._skip(reason)
+            self._books.skip(reason)
             return Ticket(step, reason)
         self._stats.taken += 1
         return Ticket(step, None, id)
@@ -468,13 +455,13 @@ class Checkpointer:
             self._holding.discard(flight.id, str(error))
             raise
         if flight.capture.restructured:
-            self._skip("new-layout")
+            self._books.skip("new-layout")
             self._holding.discard(flight.id, "the state's tensors were exchanged for others")
             self._binder.note_changed()
             return
         torn = flight.capture.torn()
         if torn:
-            self._skip("torn")
+            self._books.skip("torn")
             self._holding.discard(flight.id, "torn")
             self._binder.note_torn(torn)
             raise SnapshotSkipped(
@@ -517,26 +504,9 @@ class Checkpointer:
     def _wait_persisted(self, ticket: Ticket, timeout_s: float) -> None:
         """As ``_wait_protected``, and then for the nearest tier of every rank. Collective."""
         self._wait_protected(ticket, timeout_s)
-        id = _taken(ticket)
-
-        def here() -> None:
-            self._holding.pin(id, timeout_s)
-            if all(spilled != id for spilled, _ in self._spill_up_to(id.step)):
-                self._holding.spill(id, 1)
-            self._holding.wait_spilled(id, timeout_s)
-
-        together(self._ranks, f"persisting step {ticket.step}", timeout_s + _GATHER_S, here)
-
-    def _spill_up_to(self, step: int) -> list[tuple[SnapshotId, int]]:
-        """Steps up to this one are complete everywhere: those that are due are spilled; returns which, and to how many tiers."""
-        ready = self._spilling.complete(step)
-        for id, tiers in ready:
-            try:
-                self._holding.spill(id, tiers)
-            except SnapshotSkipped as error:  # the next beats tell the others that it never came to be persisted
-                self._spilling.told(id, 0, 0.0, failed=True)
-                _log.warning("%s", error)
-        return ready
+        what = f"persisting step {ticket.step}"
+        persist = partial(self._spilling.persist, _taken(ticket), timeout_s)
+        together(self._ranks, what, timeout_s + _GATHER_S, persist)
 
     def _last_step(self, ticket: Ticket | None) -> None:
         """All ranks are here: see the last snapshot to where it is safest, within the grace. Collective."""
@@ -570,12 +540,12 @@ class Checkpointer:
             self._objection = self._object()
         except Exception as error:  # noqa: BLE001 - see above
             self._objection = f"error: {type(error).__name__}"
-            self._log_trouble("beat", error)
+            self._books.say("beat", error)
         return Standing(
             held={id.step: sealed for id, sealed in self._holding.held().items() if id.run == self._run},
             able=not self._objection,
             relayout=self._binder.stale,
-            busy_us=int((time.monotonic() - self._step_began_s) * 1e6),
+            busy_us=self._books.busy_us,
             digest=self._digest,
             stop=self._notice.given,
             due=self._spilling.due(),
@@ -603,36 +573,24 @@ class Checkpointer:
         """All ranks gave *step* up because one of them had to."""
         self._spilling.dropped(self._id(step))
         if self._id(step) in self._holding.held():
-            self._skip("discarded-elsewhere")
+            self._books.skip("discarded-elsewhere")
             self._holding.discard(self._id(step), "another rank gave it up")
 
     def _advanced(self, step: int) -> None:
         """All ranks have *step*."""
         self._holding.mark_complete(self._id(step))
-        self._holding.persisted = self._pulse.agreed.persisted
-        self._spill_up_to(step)
+        self._spilling.advance(step)
 
     def _heard(self, message: wire.FromAgent) -> None:
         """What the agent says of spills and preemption; on another thread than the training's."""
         kind = message.WhichOneof("kind")
         if kind == "spilled":
-            spilled = message.spilled
-            id = SnapshotId(spilled.id.generation, spilled.id.step, spilled.id.run)
-            if spilled.error:
-                self._skip("not-spilled")
-            if id.run == self._run:
-                self._spilling.told(id, spilled.tier, spilled.seconds, failed=bool(spilled.error))
+            self._spilling.told(message.spilled)
+            self._books.skip("not-spilled" if message.spilled.error else None)
         elif kind == "due":
             self._spilling.ask(message.due.tiers)
         elif kind == "stop":
             self._notice.give(message.stop.reason)
-
-    def _same_tiers(self, wait_s: float) -> None:
-        """All ranks must spill to the same places. Collective. Raises ``ConfigError``."""
-        mine = json.dumps([tier.to_json() for tier in self._spilling.tiers]).encode()
-        said = self._ranks.gather(mine, "comparing tiers", wait_s)
-        if different := [rank for rank, tiers in enumerate(said) if tiers != said[0]]:
-            raise ConfigError(f"ranks {different[:8]} name other tiers than rank 0 does; all ranks must name the same")
 
     def _lay_out(self, ordinal: int) -> None:
         """All ranks agreed to lay their state out anew."""
@@ -644,11 +602,16 @@ class Checkpointer:
     def _begin_run(self) -> Found:
         """Agree on a new run, younger than anything held anywhere; returns what is held. Collective."""
         wait_s = self._deadlines.restore
-        reply = together(self._ranks, "asking the agents", wait_s, lambda: self._holding.inventory(wait_s))
-        found = gather_inventories(self._ranks, reply, wait_s)
+        reply, listed = together(
+            self._ranks,
+            "asking the agents",
+            wait_s,
+            lambda: (self._holding.inventory(wait_s), self._holding.stored(wait_s)),
+        )
+        found = gather_inventories(self._ranks, reply, listed, wait_s)
         names = self._ranks.gather(uuid.uuid4().hex.encode(), "agreeing on a run", wait_s)
         self._run = names[0].decode()
-        left = [image.id for image in found.images] + [parity.id for parity in found.parities]
+        left = [part.id for parts in (found.images, found.parities, found.stored) for part in parts]
         self._generation = 1 + max((id.generation for id in left), default=0)
         # What the job would go back to until this run has a complete snapshot of its own; never overwritten before.
         floor = plan(found.images, self._ranks.world, parities=found.parities).chosen
@@ -678,7 +641,7 @@ class Checkpointer:
             relayout=self._lay_out,
             advanced=self._advanced,
         )
-        self._spilling.begin_run(restored.step if restored else 0)
+        self._spilling.begin_run(self._run, restored.step if restored else 0)
         self._holding.persisted = NONE
 
     def _interrupt_run(self) -> None:
@@ -687,7 +650,7 @@ class Checkpointer:
         Ranks may have begun different numbers of beats, so they go on with a new group: on the old one, one rank's beat
         would meet another's question.
         """
-        with self._guard("restore"):
+        with self._books.guard("restore"):
             self._settle_flight()
         self._ranks.close()
         self._ranks = join()
@@ -698,41 +661,6 @@ class Checkpointer:
         """The slot's memory goes away: let go of every view into it."""
         self._copier.forget(slot)
         self._binder.forget_slot(slot)
-
-    # -- trouble, figures --------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _guard(self, what: str) -> Iterator[None]:
-        """Time spent in our calls is accounted; trouble in them never reaches the training loop, unless *strict*."""
-        began_s = time.perf_counter()
-        try:
-            yield
-        except Exception as error:
-            if not isinstance(error, SnapshotSkipped):  # that one was counted where it was noticed
-                self._skip(f"error: {type(error).__name__}")
-            if self._strict:
-                raise
-            self._log_trouble(what, error)
-        finally:
-            self._stall_s += time.perf_counter() - began_s
-
-    def _skip(self, reason: str | None) -> None:
-        if reason is not None:
-            self._stats.skipped[reason] += 1
-
-    def _log_trouble(self, what: str, error: Exception) -> None:
-        kind, now_s = f"{what}: {type(error).__name__}", time.monotonic()
-        if now_s - self._logged_s.get(kind, -_LOG_AGAIN_S) < _LOG_AGAIN_S:
-            return
-        self._logged_s[kind] = now_s
-        unexpected = not isinstance(error, HoldfastError)
-        _log.warning("training goes on without this snapshot (%s): %s", what, error, exc_info=unexpected)
-
-    def _account(self) -> None:
-        """Close the books of one step."""
-        self._stats.stall_s.append(self._stall_s)
-        self._stall_s = 0.0
-        self._step_began_s = time.monotonic()
 
     def _report(self, step: int) -> None:
         """Figures for the agent now and then; of a snapshot, on the copying thread."""
@@ -746,7 +674,7 @@ class Checkpointer:
                 watermark=self._pulse.agreed.watermark,
                 taken=self._stats.taken,
                 skipped=dict(self._stats.skipped),
-                last_stall_s=self._stats.stall_s[-1] if self._stats.stall_s else 0.0,
+                last_stall_s=self._books.last_stall_s,
                 last_copy_s=self._stats.copy_s,
             )
         )
@@ -767,27 +695,3 @@ def _natural(step: int) -> int:
     if not 0 <= number < 1 << 53:
         raise ConfigError(f"step {number} is out of range; a natural number below 2**53 is needed")
     return number
-
-
-def _first(passed: Value | None, said: Value | None, default: Value) -> Value:
-    """What was passed, else what the file says, else the default."""
-    return passed if passed is not None else said if said is not None else default
-
-
-def _by_name(given: Any) -> dict[str, Any]:
-    """One object under the name "", several under their own."""
-    if given is None:
-        return {}
-    return dict(given) if isinstance(given, Mapping) and not isinstance(given, nn.Module) else {"": given}
-
-
-def _look_through(
-    models: Mapping[str, nn.Module], optimizers: Mapping[str, Any], extras: Mapping[str, Any]
-) -> tuple[TrainingState, int, int]:
-    """The state, and how large its slots' image and tables should be. Raises ``StateRefused``."""
-    state = TrainingState(models, optimizers, extras)
-    values = encode(state.values(state.survey()), "state", to_leaf)
-    image_bytes = state.predicted_bytes() + int(values.nbytes * _VALUES_ROOM) + _ROOM_BYTES
-    names = sum(len(item.slice.name) + _ENTRY_BYTES for item in state.survey().items)
-    # Optimizer state adds a few tensors per parameter, under longer names.
-    return state, image_bytes, table_bytes_for(image_bytes, 6 * names)

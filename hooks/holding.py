@@ -247,6 +247,7 @@ class Holding:
             if find(self._states, id) is None:
                 raise SnapshotSkipped(f"{id} cannot be spilled: a newer snapshot has taken its slot")
             message = wire.FromTrainer(spill=wire.Spill(id=wire_id(id), tiers=tiers))
+            self._outcomes.pop(id, None)
             self._spills[id] = message, set(range(tiers))
             self._send(message)
 

@@ -15,15 +15,15 @@ from typing import Any, NamedTuple, TypeVar
 
 from ..agent import wire_pb2 as wire
 from ..agent.client import wire_id
-from ..agent.inventory import held_images, held_parities, parity_source
+from ..agent.inventory import held_images, held_parities, in_tiers, parity_source
 from ..crashpoints import reach
-from ..errors import Corrupt, LayoutMismatch, PeerFailed, RestoreDiverged, SnapshotLost
+from ..errors import Corrupt, LayoutMismatch, PeerFailed, RestoreDiverged, SnapshotLost, TierUnreachable
 from ..snapshot.arena import Slot
 from ..snapshot.assembly import Read, assemble
 from ..snapshot.codec import decode
 from ..snapshot.live import SourceImage, apply
 from ..snapshot.record import SnapshotId
-from ..snapshot.recovery import Held, HeldParity, Plan, Rebuilt, plan
+from ..snapshot.recovery import Held, HeldParity, InTier, Persisted, Plan, Rebuilt, plan
 from ..snapshot.replicas import disagreeing, sums
 from ..snapshot.state import Targets, TrainingState, from_leaf
 from .ranks import Ranks
@@ -87,30 +87,35 @@ class _Struck:
     Attributes:
         copies: damaged, each by itself: other copies of the same image are as good as before.
         hopeless: images that their groups could not compute.
+        unread: images that could not be read from a tier, and from which.
     """
 
     copies: set[Held] = field(default_factory=set)
     hopeless: set[tuple[SnapshotId, int]] = field(default_factory=set)
+    unread: set[tuple[SnapshotId, int, int]] = field(default_factory=set)
 
     def left(self, images: Iterable[Held]) -> list[Held]:
         """Those of *images* that may be good."""
         bad = {copy.where for copy in self.copies}
         return [image for image in images if image.where not in bad]
 
-    def strike(self, decision: Plan, images: Iterable[Held], bad: Iterable[_Bad]) -> None:
-        """*bad*, as the ranks said it, came of *decision* and *images*. Every attempt that fails strikes something."""
+    def strike(self, decision: Plan, found: Found, bad: Iterable[_Bad]) -> None:
+        """*bad*, as the ranks said it, came of *decision* and *found*. Every attempt that fails strikes something."""
         id = decision.chosen
         assert id is not None
         for rank, agent, path, nowhere in bad:
-            copies = [image for image in self.left(images) if (image.id, image.rank) == (id, rank)]
+            copies = [image for image in self.left(found.images) if (image.id, image.rank) == (id, rank)]
             source = decision.sources[rank]
             if nowhere:
                 self.copies.update(copies)
                 self.hopeless.add((id, rank))
-            elif found := [copy for copy in copies if (copy.agent, copy.path) == (agent, path)]:
-                self.copies.update(found)
+                self.unread.update((id, rank, part.tier) for part in found.stored if part.id == id)
+            elif read := [copy for copy in copies if (copy.agent, copy.path) == (agent, path)]:
+                self.copies.update(read)
             elif isinstance(source, Rebuilt):
                 self.hopeless.add((id, rank))
+            elif isinstance(source, Persisted):
+                self.unread.add((id, rank, source.tier))
             elif not path:  # it had been brought here, from there in all likelihood
                 self.copies.add(source)
 
@@ -123,15 +128,19 @@ class Found:
         images, parities: sealed.
         spoiled: slots that were sealed and cannot be read.
         addresses: where each agent is found.
+        stored: what lies in the tiers.
+        silent: tiers that some agent could not read, and why.
     """
 
     images: tuple[Held, ...]
     spoiled: tuple[str, ...]
     parities: tuple[HeldParity, ...] = ()
     addresses: Mapping[str, str] = field(default_factory=dict)
+    stored: tuple[InTier, ...] = ()
+    silent: tuple[str, ...] = ()
 
 
-def gather_inventories(ranks: Ranks, reply: wire.ImageList, timeout_s: float) -> Found:
+def gather_inventories(ranks: Ranks, reply: wire.ImageList, listed: wire.TierList, timeout_s: float) -> Found:
     """What any agent holds; the same on every rank. Collective.
 
     Each image is reported by its own rank where that is attached to the agent, so the answer does not grow with the
@@ -147,12 +156,20 @@ def gather_inventories(ranks: Ranks, reply: wire.ImageList, timeout_s: float) ->
     }
     mine = [asdict(held) for held in held_images(reply) if held.path not in theirs]
     parities = [asdict(parity) for parity in held_parities(reply)]
-    said = json.dumps([mine, list(reply.spoiled), parities, [reply.agent, reply.address]]).encode()
+    first = attached.index(True) == ranks.rank  # of this node: it speaks for all of them
+    stored = [asdict(part) for part in in_tiers(listed)] if first else []
+    silent = [f"{reply.agent}: {error}" for error in listed.errors] if first else []
+    said = json.dumps([mine, list(reply.spoiled), parities, stored, silent, [reply.agent, reply.address]]).encode()
     gathered = [json.loads(part) for part in ranks.gather(said, "comparing what the agents hold", timeout_s)]
     images = {Held(**{**entry, "id": SnapshotId(**entry["id"])}) for part, *_ in gathered for entry in part}
     guards = {
         HeldParity(**{**entry, "id": SnapshotId(**entry["id"]), "ranks": tuple(entry["ranks"])})
-        for _, _, part, _ in gathered
+        for _, _, part, *_ in gathered
+        for entry in part
+    }
+    tiers = {
+        InTier(**{**entry, "id": SnapshotId(**entry["id"]), "ranks": tuple(map(tuple, entry["ranks"]))})
+        for _, _, _, part, *_ in gathered
         for entry in part
     }
     return Found(
@@ -160,6 +177,8 @@ def gather_inventories(ranks: Ranks, reply: wire.ImageList, timeout_s: float) ->
         tuple(sorted({path for _, part, *_ in gathered for path in part})),
         tuple(sorted(guards, key=lambda parity: (parity.id, parity.key, parity.index, parity.agent))),
         dict(where for *_, where in gathered),
+        tuple(sorted(tiers, key=lambda part: (part.id, part.tier, part.agent))),
+        tuple(sorted({error for *_, part, _ in gathered for error in part})),
     )
 
 
@@ -207,6 +226,7 @@ class Restorer:
         self._state = state
         self._ranks = ranks
         self._timeout_s = timeout_s
+        self._unread: frozenset[tuple[SnapshotId, int, int]] = frozenset()
 
     def newest(self, found: Found) -> SnapshotId | None:
         """Restore the newest snapshot that can be had; None if none was ever complete.
@@ -219,21 +239,33 @@ class Restorer:
         """
         struck = _Struck()
         while True:
-            decision = plan(found.images, self._ranks.world, struck.copies, found.parities, struck.hopeless)
+            decision = plan(
+                found.images,
+                self._ranks.world,
+                struck.copies,
+                found.parities,
+                struck.hopeless,
+                found.stored,
+                struck.unread,
+            )
             if decision.chosen is None:
                 self._nothing_left(decision, found, struck)
                 return None
             _log.log(logging.WARNING if decision.loss else logging.INFO, "%s", decision.explain())
             reach("restore.planned")
+            self._unread = frozenset(struck.unread)
             bad = self._attempt(decision, replace(found, images=tuple(struck.left(found.images))))
             if not bad:
                 return decision.chosen
-            struck.strike(decision, found.images, bad)
+            struck.strike(decision, found, bad)
 
     def _nothing_left(self, decision: Plan, found: Found, struck: _Struck) -> None:
         """Raise unless it is certain that no snapshot ever was complete: starting afresh must not be an accident."""
-        if decision.loss and any(image.world != self._ranks.world for image in found.images):
+        worlds = {image.world for image in found.images} | {part.world for part in found.stored}
+        if decision.loss and worlds - {self._ranks.world}:
             raise LayoutMismatch(decision.explain())
+        if found.silent:
+            raise TierUnreachable("\n".join([decision.explain(), "these tiers may have more:", *found.silent]))
         if decision.loss or struck.copies or found.spoiled:
             lines = [f"{path}: it was sealed, and its record cannot be read" for path in found.spoiled]
             raise SnapshotLost("\n".join([decision.explain(), *lines]))
@@ -334,6 +366,11 @@ class Restorer:
                 if i.id == id
             ],
             parities=[parity_source(p, found.addresses[p.agent]) for p in found.parities if p.id == id],
+            tiers=[
+                wire.TierSource(tier=part.tier, agent=part.agent, address=found.addresses[part.agent])
+                for part in found.stored
+                if part.id == id and part.holds(rank) and (id, rank, part.tier) not in self._unread
+            ],
         )
         reply = self._bring(request, self._timeout_s)
         _log.info("%s of rank %d: %s", id, rank, reply.how)

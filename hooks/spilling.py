@@ -5,14 +5,23 @@ When something is due is decided in ``storage.schedule``; that all ranks spill t
 
 from __future__ import annotations
 
+import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 
+from ..agent import wire_pb2 as wire
+from ..agent.client import id_of
+from ..errors import ConfigError, SnapshotSkipped
 from ..snapshot.beat import NONE
 from ..snapshot.record import SnapshotId
 from ..storage.schedule import Begun, after, due, ended
 from ..storage.tiers import TierSettings
+from .holding import Holding
+from .ranks import Ranks
+
+_log = logging.getLogger(__name__)
 
 
 class Spilling:
@@ -20,7 +29,10 @@ class Spilling:
 
     Attributes:
         tiers: nearest first.
+        holding: this rank's slots, once it is attached.
     """
+
+    holding: Holding
 
     def __init__(
         self, tiers: Sequence[TierSettings], *, asks: bool, clock: Callable[[], float] = time.monotonic
@@ -31,11 +43,19 @@ class Spilling:
         self._clock = clock
         self._lock = threading.Lock()
         self._steps = (0, 0)  # the last two
-        self.begin_run(0)
+        self.begin_run("", 0)
 
-    def begin_run(self, step: int) -> None:
+    def compare(self, ranks: Ranks, timeout_s: float) -> None:
+        """All ranks must spill to the same places. Collective. Raises ``ConfigError``."""
+        mine = json.dumps([tier.to_json() for tier in self.tiers]).encode()
+        said = ranks.gather(mine, "comparing tiers", timeout_s)
+        if different := [rank for rank, tiers in enumerate(said) if tiers != said[0]]:
+            raise ConfigError(f"ranks {different[:8]} name other tiers than rank 0 does; all ranks must name the same")
+
+    def begin_run(self, run: str, step: int) -> None:
         """The run begins after *step*. What a former one had begun is not waited for."""
         with self._lock:
+            self._run = run
             self._begun = tuple(Begun(step) for _ in self.tiers)
             self._asked = 0
             self._marked: dict[SnapshotId, int] = {}
@@ -76,23 +96,46 @@ class Spilling:
                 self._asked = max(self._asked, tiers) if self._asks else self._asked
                 self._end(tiers, None)
 
-    def complete(self, step: int) -> list[tuple[SnapshotId, int]]:
-        """What is to be spilled now that all up to *step* are complete on all ranks, oldest first, and to how many tiers."""
+    def advance(self, step: int) -> None:
+        """All up to *step* are complete on all ranks: those that are marked are spilled."""
+        for id, tiers in self._ready(step):
+            try:
+                self.holding.spill(id, tiers)
+            except SnapshotSkipped as error:  # the next beats show the others that this rank has not persisted it
+                _log.warning("%s", error)
+                with self._lock:
+                    self._end(tiers, None)
+
+    def persist(self, id: SnapshotId, timeout_s: float) -> None:
+        """Return once the nearest tier has this rank's image of *id*, which is complete on all ranks.
+
+        Raises ``SnapshotSkipped``, ``DeadlinePassed``, ``TierError``.
+        """
+        self.holding.pin(id, timeout_s)
+        marked = dict(self._ready(id.step))
+        for other, tiers in {id: 1, **marked}.items():
+            self.holding.spill(other, tiers)
+        self.holding.wait_spilled(id, timeout_s)
+
+    def _ready(self, step: int) -> list[tuple[SnapshotId, int]]:
+        """What is marked, up to *step*, oldest first, and to how many tiers it goes; it is marked no longer."""
         with self._lock:
             ready = sorted((id, tiers) for id, tiers in self._marked.items() if id.step <= step)
             for id, _ in ready:
                 del self._marked[id]
             return ready
 
-    def told(self, id: SnapshotId, tier: int, seconds: float, *, failed: bool) -> None:
+    def told(self, spilled: wire.Spilled) -> None:
         """The agent has answered for one tier."""
+        id, tier = id_of(spilled.id), spilled.tier
         with self._lock:
-            if tier >= len(self._begun) or id.step < self._begun[tier].step:
+            if id.run != self._run or tier >= len(self._begun):
                 return
-            begun = list(self._begun)
-            begun[tier] = ended(begun[tier], None if failed else seconds)
-            self._begun = tuple(begun)
-            if tier == 0 and not failed:
+            if id.step >= self._begun[tier].step:
+                begun = list(self._begun)
+                begun[tier] = ended(begun[tier], None if spilled.error else spilled.seconds)
+                self._begun = tuple(begun)
+            if tier == 0 and not spilled.error:
                 self._persisted = max(self._persisted, id.step)
 
     def _end(self, tiers: int, cost_s: float | None) -> None:

@@ -1,0 +1,76 @@
+"""What our calls cost the training thread, and what went wrong in them: counted, logged, and kept from the training loop."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from ..errors import HoldfastError, SnapshotSkipped
+from .contract import Stats
+
+_log = logging.getLogger(__name__)
+_LOG_AGAIN_S: Final = 30.0  # the same trouble is logged at most so often; all of it is counted
+
+
+class Books:
+    """One rank's accounts.
+
+    Attributes:
+        stats: what happened so far; the live object.
+    """
+
+    def __init__(self, *, strict: bool) -> None:
+        """*strict*: trouble is raised instead of being logged."""
+        self.stats = Stats()
+        self._strict = strict
+        self._logged_s: dict[str, float] = {}
+        self._stall_s = 0.0
+        self._step_began_s = time.monotonic()
+
+    @contextmanager
+    def guard(self, what: str) -> Iterator[None]:
+        """Time spent here is accounted; trouble never reaches the training loop, unless *strict*."""
+        began_s = time.perf_counter()
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, SnapshotSkipped):  # that one was counted where it was noticed
+                self.skip(f"error: {type(error).__name__}")
+            if self._strict:
+                raise
+            self.say(what, error)
+        finally:
+            self._stall_s += time.perf_counter() - began_s
+
+    def skip(self, reason: str | None) -> None:
+        """Count a snapshot that is not taken, or not kept."""
+        if reason is not None:
+            self.stats.skipped[reason] += 1
+
+    def say(self, what: str, error: Exception) -> None:
+        """Log trouble, unless it was logged just now."""
+        kind, now_s = f"{what}: {type(error).__name__}", time.monotonic()
+        if now_s - self._logged_s.get(kind, -_LOG_AGAIN_S) < _LOG_AGAIN_S:
+            return
+        self._logged_s[kind] = now_s
+        unexpected = not isinstance(error, HoldfastError)
+        _log.warning("training goes on without this snapshot (%s): %s", what, error, exc_info=unexpected)
+
+    def end_step(self) -> None:
+        """Close the books of one step."""
+        self.stats.stall_s.append(self._stall_s)
+        self._stall_s = 0.0
+        self._step_began_s = time.monotonic()
+
+    @property
+    def busy_us(self) -> int:
+        """How long the running step has taken so far, in microseconds."""
+        return int((time.monotonic() - self._step_began_s) * 1e6)
+
+    @property
+    def last_stall_s(self) -> float:
+        """What our calls cost the training thread in the last step."""
+        return self.stats.stall_s[-1] if self.stats.stall_s else 0.0
