@@ -88,7 +88,7 @@ class Store(Protocol):
         ...
 
     async def children(self, prefix: str) -> Names:
-        """The names of the folders directly under *prefix*, sorted."""
+        """The names of the folders directly under *prefix*, sorted. Some servers show an emptied one for a while."""
         ...
 
     async def delete(self, keys: Sequence[str]) -> None:
