@@ -174,7 +174,7 @@ class StreamedSlot:
 def _receive(stream: Stream, out: Bytes, ended: threading.Event) -> None:
     try:
         with stream:
-            stream.receive(memoryview(out))
+            stream.receive(out.data)
     finally:
         ended.set()
 

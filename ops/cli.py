@@ -14,11 +14,17 @@ from ..errors import HoldfastError
 _COMMANDS: Final = {
     "agent": (".agent", "agent", "Run this node's agent in the foreground."),
     "certs": (".certs", "certs", "Make a private CA and certificates for agents."),
+    "copy": (".copy", "copy", "Copy snapshots into a tier."),
     "demo": (".demo.command", "demo", "Train, kill, restart, and prove that nothing was lost."),
+    "diff": (".diff", "diff", "Compare two snapshots: which tensors differ, and by how much."),
     "inspect": (".inspect", "inspect", "Show the tensors of one snapshot."),
-    "ls": (".ls", "ls", "List the snapshots that are held."),
+    "ls": (".ls", "ls", "List the snapshots that are held, in memory or in tiers."),
+    "prune": (".prune", "prune", "Remove from tiers what need not be kept."),
+    "restore": (".restore", "restore", "Write a snapshot as zarr, safetensors, torch or DCP files."),
     "run": (".run", "run", "Start an agent, run a training command, pass signals and exit code on."),
+    "spill": (".spill", "spill", "Have the next snapshot written to the tiers now."),
     "status": (".status", "status", "Show agents, trainers, slots, and what was skipped and why."),
+    "verify": (".verify", "verify", "Read everything and compare it with its checksums; repair it."),
 }
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ..errors import SnapshotLost
 from ..snapshot.outlook import Spare
 from ..snapshot.record import SnapshotId
-from ..snapshot.recovery import Held, HeldParity, Prospect, Rebuilt
+from ..snapshot.recovery import Held, HeldParity, Persisted, Prospect, Rebuilt
 from .answers import Answers, console, print_json, printable
 from .held import LATEST, Holdings, JobHoldings, Snapshot, by_job, choose, snapshots
 from .quantity import show_bytes, show_ranks
@@ -135,7 +135,7 @@ def _source(found: Explained, rank: int) -> Held | Rebuilt | None:
     """Of several copies that of the rank's own node; where not all can be had, what is there."""
     copies = [image for image in found.job.images if (image.id, image.rank) == (found.snapshot.id, rank)]
     own = [image for image in copies if image.agent == found.job.attached.get(rank)]
-    planned = [source for source in found.prospect.sources if source.rank == rank]
+    planned = [s for s in found.prospect.sources if s.rank == rank and not isinstance(s, Persisted)]
     return next(iter([*own, *planned, *copies]), None)
 
 

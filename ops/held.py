@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol, TypeVar
 
 from ..agent import wire_pb2 as wire
 from ..agent.client import AgentClient
@@ -94,15 +94,35 @@ def snapshots(given: Iterable[Answered[Holdings]]) -> list[Snapshot]:
     ]
 
 
-def choose(name: str, held: Sequence[Snapshot], good: Callable[[Snapshot], bool] = lambda s: s.complete) -> Snapshot:
-    """The one snapshot that *name* means; "latest" is the newest that is *good*.
+class Named(Protocol):
+    """What can be chosen by name. ``job`` is empty where it is not known."""
+
+    @property
+    def job(self) -> str: ...
+    @property
+    def id(self) -> SnapshotId: ...
+    @property
+    def complete(self) -> bool: ...
+
+
+_Named = TypeVar("_Named", bound=Named)
+
+
+def is_name(text: str) -> bool:
+    """Whether *text* is the name of a snapshot: RUN/STEP, /STEP, RUN/latest or latest."""
+    match = _NAME.fullmatch(text)
+    return match is not None and (match[1] is not None or match[2] == LATEST)
+
+
+def choose(name: str, held: Sequence[_Named], good: Callable[[_Named], bool] = lambda s: s.complete) -> _Named:
+    """The one snapshot that *name* means; "latest" is the newest that is *good*. *held* has the newer ones of a job first.
 
     Raises:
         ConfigError: *name* is none, or means several.
         SnapshotUnknown: nothing that is held goes by that name.
     """
     match = _NAME.fullmatch(name)
-    if match is None or (match[1] is None and match[2] != LATEST):
+    if match is None or not is_name(name):
         raise ConfigError(f"{name!r} names no snapshot: RUN/STEP, /STEP, RUN/latest or latest does")
     run = (match[1] or "").replace("-", "").lower()
     found = [s for s in held if s.id.run.startswith(run)]
@@ -114,16 +134,17 @@ def choose(name: str, held: Sequence[Snapshot], good: Callable[[Snapshot], bool]
     return found[0]
 
 
-def _newest(held: Iterable[Snapshot]) -> list[Snapshot]:
+def _newest(held: Iterable[_Named]) -> list[_Named]:
     """The newest snapshot of each job; *held* has the newer ones of a job first."""
-    newest: dict[str, Snapshot] = {}
+    newest: dict[str, _Named] = {}
     for s in held:
         newest.setdefault(s.job, s)
     return list(newest.values())
 
 
-def _listed(held: Iterable[Snapshot]) -> str:
-    return ", ".join(f"{s.id} of job {s.job}" + ("" if s.complete else " (incomplete)") for s in held)
+def _listed(held: Iterable[Named]) -> str:
+    words = (str(s.id) + (f" of job {s.job}" if s.job else "") + ("" if s.complete else " (incomplete)") for s in held)
+    return ", ".join(words)
 
 
 @dataclass(slots=True)

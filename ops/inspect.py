@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,14 @@ import click
 
 from ..agent import wire_pb2 as wire
 from ..agent.trust import Trust
-from ..errors import Corrupt
+from ..errors import ConfigError, Corrupt
 from ..snapshot.layout import Layout
 from .answers import Asked, asking, connect, console, print_json, printable, tell_silent
 from .held import LATEST, Snapshot, ask_holdings, choose, snapshots
+from .look import look
+from .opening import source_option
 from .quantity import show_bytes
+from .sources import Agents, find, named_snapshot
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,17 +66,43 @@ class Contents:
 
 @click.command
 @asking
+@source_option
 @click.option("--explain", "explained", is_flag=True, help="Say whether and how it can be restored; read no image.")
-@click.argument("snapshot", metavar="[RUN/STEP]", default=LATEST)
-def inspect(snapshot: str, asked: Asked, as_json: bool, explained: bool) -> None:
-    """Show the tensors of one snapshot, and check every byte of it.
+@click.option("--stats", is_flag=True, help="Smallest, largest and mean element of each tensor, and how many are NaN.")
+@click.argument("snapshot", metavar="[[SOURCE#]RUN/STEP]", default=LATEST)
+@click.argument("patterns", metavar="[TENSOR]...", nargs=-1)
+def inspect(
+    snapshot: str,
+    patterns: tuple[str, ...],
+    source: str | None,
+    asked: Asked,
+    as_json: bool,
+    explained: bool,
+    stats: bool,
+) -> None:
+    """Show the tensors of one snapshot. Of one in memory, every byte is checked.
 
     RUN may be cut short as far as it stays unambiguous, and left out where only one run holds that step. 'latest', which is
     what is meant if nothing is said, is the newest complete snapshot, RUN/latest that of one run.
 
+    With TENSOR, which may be a pattern such as 'model.*', show these tensors only. What lies in a tier is read only for --stats;
+    "holdfast verify" checks all of it.
+
     With --explain, say whether and how it can be restored, why no newer one can, and what could still be lost; 'latest' then
     is the one that a restore would choose.
     """
+    words = named_snapshot(snapshot)
+    where = find(words.source or source, asked)
+    if isinstance(where, Agents) and not (patterns or stats):
+        _inspect_memory(words.snapshot or LATEST, where.asked, as_json, explained)
+        return
+    if explained:
+        raise ConfigError("--explain is for snapshots in memory, and for whole ones")
+    asyncio.run(look(snapshot, source, asked, patterns, stats=stats, as_json=as_json))
+
+
+def _inspect_memory(snapshot: str, asked: Asked, as_json: bool, explained: bool) -> None:
+    """Have the agents read it where it lies."""
     answers = ask_holdings(asked)
     tell_silent(answers.silent)
     if explained:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,10 @@ import click
 from ..snapshot.recovery import Prospect, Rebuilt
 from .answers import Asked, asking, console, print_json, printable, silent_json, tell_silent
 from .held import JobHoldings, Snapshot, ask_holdings, by_job, snapshots
+from .listing import list_tiers, tier_json, tier_table
+from .progress import Notes
 from .quantity import show_bytes, show_ranks
+from .sources import Agents, find
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,16 +22,35 @@ if TYPE_CHECKING:
 
 @click.command
 @asking
-def ls(asked: Asked, as_json: bool) -> None:
-    """List the snapshots that are held, newest first."""
+@click.option("--sizes", is_flag=True, help="Add up what each snapshot takes in a tier; lists every object.")
+@click.argument("sources", metavar="[SOURCE]...", nargs=-1)
+def ls(sources: tuple[str, ...], sizes: bool, asked: Asked, as_json: bool) -> None:
+    """List the snapshots that are held, newest first: in memory, or in the tiers that SOURCE names.
+
+    SOURCE is agent://host:port, an agent's socket, a folder, s3://…, or a TOML file with tiers.
+    """
+    found = [find(source, asked) for source in sources or (None,)]
+    documents: dict[str, list[dict[str, Any]]] = {"snapshots": [], "silent": []}
+    for one in found:
+        if isinstance(one, Agents):
+            _list_memory(one.asked, documents, as_json=as_json)
+        else:
+            listed = asyncio.run(list_tiers(one, Notes(), sizes=sizes))
+            documents["snapshots"] += [tier_json(held) for held in listed]
+            if not as_json:
+                console().print(tier_table(listed) if listed else printable(f"{one.name} holds no snapshots"))
+    if as_json:
+        print_json(documents)
+
+
+def _list_memory(asked: Asked, documents: dict[str, list[dict[str, Any]]], *, as_json: bool) -> None:
     answers = ask_holdings(asked)
     held, jobs = snapshots(answers.given), by_job(answers.given)
-    if as_json:
-        listed = [_json(s, jobs[s.job].prospects[s.id]) for s in held]
-        print_json({"snapshots": listed, "silent": silent_json(answers.silent)})
-        return
-    console().print(_table(held, jobs) if held else "no snapshots are held")
-    tell_silent(answers.silent)
+    documents["snapshots"] += [_json(s, jobs[s.job].prospects[s.id]) for s in held]
+    documents["silent"] += silent_json(answers.silent)
+    if not as_json:
+        console().print(_table(held, jobs) if held else "no snapshots are held")
+        tell_silent(answers.silent)
 
 
 def _table(held: Sequence[Snapshot], jobs: Mapping[str, JobHoldings]) -> Table:
@@ -61,6 +84,7 @@ def _rebuilt(prospect: Prospect) -> list[int]:
 
 def _json(s: Snapshot, prospect: Prospect) -> dict[str, Any]:
     return {
+        "source": "memory",
         "job": s.job,
         "run": s.id.run,
         "step": s.id.step,
