@@ -70,12 +70,13 @@ class Peers:
             request_serializer=lambda message: message.SerializeToString(),
             response_deserializer=reply.FromString,
         )
+        self.calls += 1
+        self.call_bytes += request.ByteSize()
         try:
             answer: Reply = await call(request, timeout=timeout_s)
         except grpc.RpcError as error:
             raise translated(error, f"{method} of the agent at {address}", timeout_s) from error
-        self.calls += 1
-        self.call_bytes += request.ByteSize() + answer.ByteSize()
+        self.call_bytes += answer.ByteSize()
         return answer
 
     def _channel(self, address: str) -> grpc.aio.Channel:
