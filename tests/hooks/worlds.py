@@ -23,10 +23,14 @@ import torch.distributed as dist
 from holdfast import Checkpointer
 from holdfast.errors import HoldfastError, SnapshotSkipped
 from holdfast.snapshot.layout import Layout
+from holdfast.snapshot.partition import share
+from holdfast.snapshot.replicas import confirmed, sums
+from holdfast.snapshot.state import TrainingState
 from holdfast.tests.hooks.nodes import WAIT_S, Node, bits, bits_of_models, bits_of_optimizers, until
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 _server = multiprocessing.get_context("forkserver")
@@ -250,6 +254,38 @@ def tensor_parallel(here: Rank) -> dict[str, Any]:
 
 def fsdp2_and_tensor_parallel(here: Rank) -> dict[str, Any]:
     return _there_and_back("fsdp2-tp", here)
+
+
+def laid_out(here: Rank) -> dict[str, dict[str, Any]]:
+    """Of every kind of job: this rank's layout, the image that it makes, and the whole tensors that all of them hold parts of."""
+    kinds = ("ddp", "fsdp2", "hsdp", "tp", "fsdp2-tp") if here.world == 4 else ("ddp", "fsdp2", "tp")
+    return {kind: _laid_out(build(kind, here, seed=1), here) for kind in kinds}
+
+
+def _laid_out(job: Trained, here: Rank) -> dict[str, Any]:
+    job.turn()
+    survey = TrainingState({"": job.model}, {"": job.optimizer}, {}).survey()
+    gathered: list[list[int]] = [[] for _ in range(here.world)]
+    dist.all_gather_object(gathered, sums(survey.items))
+    held, split = confirmed([item.slice for item in survey.items], gathered, here.rank)
+    assert split == []
+    layout = Layout.of(1, share(held, here.rank))
+    tensors = {item.slice.name: item for item in survey.items}
+    image = np.full(layout.values_offset, 0xA5, np.uint8)
+    for placed in layout.placed:
+        item = tensors[placed.slice.name]
+        first = placed.slice.start[0] - item.slice.start[0] if placed.slice.start else 0
+        part = item.tensor[first : first + placed.slice.rows] if placed.slice.extent else item.tensor
+        image[placed.offset : placed.end] = np.frombuffer(as_bytes(part), np.uint8)
+    whole = {
+        item.slice.name: as_bytes(item.source.full_tensor() if isinstance(item.source, DTensor) else item.source)
+        for item in survey.items
+    }
+    return {"layout": layout.to_text(), "image": image.tobytes(), "whole": whole}
+
+
+def as_bytes(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def disagreeing(here: Rank) -> dict[str, Any]:
