@@ -26,14 +26,12 @@ from ..errors import Corrupt, ObjectMissing, TierFull
 from ..snapshot.record import SnapshotId
 from .budget import no_room
 from .documents import seal, unseal
+from .leases import LEASE_S, any_fresh, leased
 from .names import DELETED, SNAPSHOTS, data_of, entries_of, readers_of, snapshot_name, tombstone_key
 from .retention import Present, Verdict, decide
 from .store import Found, Store
 from .survey import Seen, Survey, survey
 from .tiers import TierSettings
-
-LEASE_S: Final = 300.0
-"""A lease that was not renewed for so long is of a reader that is dead."""
 
 QUIET_S: Final = 600.0
 """An incomplete snapshot to which nothing was written for so long is not being written."""
@@ -207,7 +205,7 @@ class Pruner:
     def _present(self, seen: Seen, now_s: float, persisted: SnapshotId | None) -> Present:
         # What other disks hold is not known. That an older one is incomplete there is rare, and then one too many is kept.
         here = persisted is not None and seen.id <= persisted and bool(seen.entries)
-        return Present(seen.id, seen.complete if self._shared else here, _alive(seen.leases, now_s))
+        return Present(seen.id, seen.complete if self._shared else here, any_fresh(seen.leases, now_s))
 
     @staticmethod
     def _nobodys(seen: Seen) -> Verdict:
@@ -276,7 +274,7 @@ class Pruner:
         return replace(removal, done=True)
 
     async def _bury(self, id: SnapshotId, reason: str) -> bool:
-        """Put the tombstone; whether somebody reads the snapshot who began before."""
+        """Put the tombstone; whether the data must stay yet, as somebody reads it who began before."""
         reach("prune.before-tombstone")
         key = tombstone_key(id)
         try:
@@ -286,10 +284,6 @@ class Pruner:
             # stays until there is a tombstone, as a writer might yet add its entry.
             await self._store.delete([one.key for one in await self._store.list(entries_of(id))])
             await self._store.put(key, [])
-        now_s = next(one.modified_s for one in await self._store.list(DELETED) if one.key == key)
-        return _alive(await self._store.list(readers_of(id)), now_s)
-
-
-def _alive(leases: list[Found], now_s: float) -> bool:
-    """Whether any of them was renewed lately. One from the future is: the store's clock went back."""
-    return any(now_s - lease.modified_s < LEASE_S for lease in leases)
+        put_s = next((one.modified_s for one in await self._store.list(DELETED) if one.key == key), None)
+        # Where somebody took the tombstone away by hand, the data is not touched either.
+        return put_s is None or await leased(self._store, id, put_s)

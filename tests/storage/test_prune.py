@@ -16,6 +16,7 @@ import pytest
 from holdfast.errors import TierFull, TierUnreachable
 from holdfast.snapshot.record import SnapshotId
 from holdfast.storage.documents import seal, unseal
+from holdfast.storage.leases import LEASE_S
 from holdfast.storage.names import (
     data_of,
     entries_of,
@@ -24,7 +25,7 @@ from holdfast.storage.names import (
     readers_of,
     tombstone_key,
 )
-from holdfast.storage.prune import LEASE_S, QUIET_S, TOMBSTONE_S, Pruned, Pruner
+from holdfast.storage.prune import QUIET_S, TOMBSTONE_S, Pruned, Pruner
 from holdfast.storage.store import Buffer, open_store
 from holdfast.storage.survey import survey
 from holdfast.storage.tiers import EverySteps, TierSettings
