@@ -239,8 +239,14 @@ class Spiller:
                     raise
                 tier.status.trouble = f"{job.id} of rank {job.rank}: {error}"
                 _log.warning("%s: %s; trying again in %.1f s", tier.settings.url, error, pause_s)
+                # The slot is not held for a tier in trouble: a newer snapshot may have it.
+                told = wire.Spilled(id=wire_id(job.id), tier=self._index(tier), error=error_text(error), trying=True)
+                await self._say(job, wire.FromAgent(spilled=told), again=True)
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, _PAUSE_S[1])
+
+    def _index(self, tier: _Tier) -> int:
+        return next((index for index, one in enumerate(self._tiers) if one is tier), 0)
 
     async def _once(self, job: _Job, tier: _Tier, source: Store | None) -> int:
         from ..storage.leases import reading

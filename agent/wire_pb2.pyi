@@ -185,16 +185,18 @@ class Spill(_message.Message):
     def __init__(self, id: _Optional[_Union[Id, _Mapping]] = ..., tiers: _Optional[int] = ...) -> None: ...
 
 class Spilled(_message.Message):
-    __slots__ = ("id", "tier", "error", "seconds")
+    __slots__ = ("id", "tier", "error", "seconds", "trying")
     ID_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TRYING_FIELD_NUMBER: _ClassVar[int]
     id: Id
     tier: int
     error: str
     seconds: float
-    def __init__(self, id: _Optional[_Union[Id, _Mapping]] = ..., tier: _Optional[int] = ..., error: _Optional[str] = ..., seconds: _Optional[float] = ...) -> None: ...
+    trying: bool
+    def __init__(self, id: _Optional[_Union[Id, _Mapping]] = ..., tier: _Optional[int] = ..., error: _Optional[str] = ..., seconds: _Optional[float] = ..., trying: bool = ...) -> None: ...
 
 class Due(_message.Message):
     __slots__ = ("tiers",)

@@ -586,7 +586,7 @@ class Checkpointer:
         kind = message.WhichOneof("kind")
         if kind == "spilled":
             self._spilling.told(message.spilled)
-            self._books.skip("not-spilled" if message.spilled.error else None)
+            self._books.skip("not-spilled" if message.spilled.error and not message.spilled.trying else None)
         elif kind == "due":
             self._spilling.ask(message.due.tiers)
         elif kind == "stop":

@@ -274,6 +274,9 @@ class Holding:
     def _spilled(self, spilled: wire.Spilled) -> None:
         id = id_of(spilled.id)
         with self._changed:
+            if spilled.trying:
+                self._pinned.pop(id, None)
+                return
             _, outstanding = self._spills.get(id, (None, set()))
             outstanding.discard(spilled.tier)
             if not outstanding:

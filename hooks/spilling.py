@@ -129,7 +129,7 @@ class Spilling:
         """The agent has answered for one tier."""
         id, tier = id_of(spilled.id), spilled.tier
         with self._lock:
-            if id.run != self._run or tier >= len(self._begun):
+            if spilled.trying or id.run != self._run or tier >= len(self._begun):
                 return
             if id.step >= self._begun[tier].step:
                 begun = list(self._begun)
