@@ -78,6 +78,7 @@ class FileStore:
         self._lost: dict[str, OSError] = {}
         self._renamed_in: set[Path] = set()  # folders that settle has yet to sync; only whoever settles changes it
         self._open_count = 0
+        self._closed = False
 
     async def put(self, key: str, parts: Sequence[Buffer], *, durable: bool = True) -> None:
         """See Store. A second put of a key that waits for ``settle`` takes the place of the first."""
@@ -134,7 +135,10 @@ class FileStore:
         return await self._run("ask", "", lambda work: self._free())
 
     async def close(self) -> None:
-        """See Store."""
+        """See Store. May be called again."""
+        if self._closed:
+            return
+        self._closed = True
         with suppress(TierError):
             await self._run("close", "", lambda work: self._discard_all())
         self._pool.shutdown(wait=False)

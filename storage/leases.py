@@ -17,7 +17,7 @@ import logging
 import os
 import uuid
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Final
 
 from ..errors import ObjectMissing, SnapshotUnknown, TierError
@@ -51,8 +51,7 @@ async def reading(store: Store, id: SnapshotId, *, renew_s: float = RENEW_S) -> 
     finally:
         if renewing is not None:
             renewing.cancel()
-            with suppress(asyncio.CancelledError):
-                await renewing
+            await asyncio.wait({renewing})
             try:
                 await store.delete([key])
             except TierError as error:

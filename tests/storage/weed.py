@@ -19,6 +19,7 @@ from typing import Self
 
 KEY, SECRET = "holdfast-test", "holdfast-test-secret"
 START_S = 60.0
+_BUCKET = "shared-by-tests"
 _PORTS = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc",
           "s3.port", "s3.port.grpc")  # fmt: skip
 
@@ -43,6 +44,10 @@ class Weed:
             "AWS_REGION": "us-east-1",
         }
 
+    def folder(self) -> str:
+        """The URL of an empty place in a bucket that is there. Cheap, unlike buckets: each takes volumes of its own."""
+        return f"s3://{_BUCKET}/{uuid.uuid4().hex}"
+
     def bucket(self) -> str:
         """The URL of a new, empty bucket."""
         name = f"test-{uuid.uuid4().hex[:12]}"
@@ -57,7 +62,7 @@ class Weed:
         self._process = subprocess.Popen(
             [Path(sys.executable).with_name("weed"), "server", f"-dir={self._folder}", "-ip=127.0.0.1",
              "-ip.bind=127.0.0.1", "-filer", "-s3", f"-s3.config={self._folder / 's3.json'}", "-s3.port.iceberg=0",
-             "-s3.port.lance=0", "-volume.max=50", "-master.volumeSizeLimitMB=256", "-master.telemetry=false", *arguments],
+             "-s3.port.lance=0", "-volume.max=200", "-master.volumeSizeLimitMB=256", "-master.telemetry=false", *arguments],
             cwd=self._folder, stdout=log, stderr=log,
         )  # fmt: skip
         log.close()
