@@ -261,7 +261,7 @@ class HeldImage:
                 await copy.read(found, start)
                 await self._check(found, start, name)
             except HoldfastError as error:
-                self._note(f"{name}: {error}")
+                self._note(str(error) if name in str(error) else f"{name}: {error}")
                 reasons.append(error)
                 continue
             return found

@@ -13,13 +13,13 @@ import itertools
 import math
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ConfigError, SnapshotLost
+from ..errors import ConfigError, Corrupt, HoldfastError, SnapshotLost
 from ..snapshot.layout import ITEM_BYTES, Layout, Slice
 from ..snapshot.record import SnapshotId
 
@@ -53,7 +53,13 @@ class Image(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A snapshot that is being read: the images that can be had, by rank, and how long each one's values are."""
+    """A snapshot that is being read.
+
+    Attributes:
+        images: those that can be had, by rank.
+        values_bytes: how long the values of each are.
+        reasons: of some that cannot be had, why.
+    """
 
     source: str
     job: str
@@ -61,11 +67,20 @@ class Opened:
     world: int
     images: Mapping[int, Image]
     values_bytes: Mapping[int, int]
+    reasons: Mapping[int, HoldfastError] = field(default_factory=dict)
 
     @property
     def missing(self) -> list[int]:
         """The ranks whose image cannot be had."""
         return [rank for rank in range(self.world) if rank not in self.images]
+
+    def lacking(self, what: str) -> HoldfastError:
+        """The error to raise where *what* cannot be done without the missing images: ``Corrupt`` if damage is why, or
+        ``SnapshotLost``."""
+        kind = Corrupt if any(isinstance(error, Corrupt) for error in self.reasons.values()) else SnapshotLost
+        ranks = f"; the images of ranks {', '.join(map(str, self.missing))} cannot be had" if self.missing else ""
+        reasons = "".join(f"; rank {rank}: {error}" for rank, error in list(self.reasons.items())[:3])
+        return kind(f"{self.id} in {self.source}: {what}{ranks}{reasons}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,12 +216,11 @@ def select(found: Iterable[Tensor], patterns: Sequence[str]) -> list[Tensor]:
 
 
 def require_whole(opened: Opened, chosen: Iterable[Tensor]) -> None:
-    """Raise ``SnapshotLost`` unless every byte of every one of these tensors can be had."""
+    """Raise ``SnapshotLost``, or ``Corrupt``, unless every byte of every one of these tensors can be had."""
     partial = [tensor.name for tensor in chosen if not tensor.whole]
     if partial:
-        ranks = f"; the images of ranks {', '.join(map(str, opened.missing))} are missing" if opened.missing else ""
         more = f" and {len(partial) - 5} more" if len(partial) > 5 else ""
-        raise SnapshotLost(f"{opened.id} in {opened.source} does not hold all of {', '.join(partial[:5])}{more}{ranks}")
+        raise opened.lacking(f"it does not hold all of {', '.join(partial[:5])}{more}")
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..errors import SnapshotLost
 from .answers import Asked, console, print_json, printable
-from .contents import Opened, Piece, Tensor, select, stream, tensors
+from .contents import Opened, Piece, Tensor, require_whole, select, stream, tensors
 from .numbers import Stats
 from .opening import opened
 from .progress import Bar, Notes
@@ -37,8 +36,7 @@ async def look(
 
 
 async def _numbers(found: Opened, chosen: list[Tensor]) -> dict[str, Stats]:
-    if partial := [tensor.name for tensor in chosen if not tensor.whole]:
-        raise SnapshotLost(f"{found.id} in {found.source} does not hold all of {partial[0]}: no --stats of it")
+    require_whole(found, chosen)
     numbers = {tensor.name: Stats(tensor.dtype) for tensor in chosen}
     with Bar(str(found.id), sum(tensor.nbytes for tensor in chosen)) as bar:
         async for cell in stream(found, chosen):

@@ -54,7 +54,7 @@ class MemorySource:
         peers = Peers(listing.job, f"holdfast-{os.getpid()}", trust)
         images: dict[int, Image] = {}
         opened: list[HeldImage] = []
-        reasons: list[HoldfastError] = []
+        reasons: dict[int, HoldfastError] = {}
         tls = trust.client_context() if trust is not None else None
 
         async def open_rank(rank: int) -> None:
@@ -63,15 +63,15 @@ class MemorySource:
                 images[rank] = image
                 opened.append(image)
             except HoldfastError as error:
-                reasons.append(error)
+                reasons[rank] = error
                 self._note(f"rank {rank}: {error}")
 
         try:
             await each(held.ranks, open_rank, _OPENS_AT_ONCE)
             if not images:
-                raise reasons[0] if reasons else SourceGone(f"nobody holds {held.id} any more")
+                raise next(iter(reasons.values()), SourceGone(f"nobody holds {held.id} any more"))
             values = {image.record.rank: image.nbytes - image.layout.values_offset for image in opened}
-            yield Opened(self.name, listing.job, held.id, held.world, dict(sorted(images.items())), values)
+            yield Opened(self.name, listing.job, held.id, held.world, dict(sorted(images.items())), values, reasons)
         finally:
             for image in opened:
                 image.close()

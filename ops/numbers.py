@@ -53,7 +53,8 @@ def numbers(dtype: str, data: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
         upper = np.left_shift(data.view(np.uint16), np.uint32(16), dtype=np.uint32)
         return upper.view(np.float32)
     if dtype == "complex32":
-        return data.view(np.float16).astype(np.float32).view(np.complex64)
+        with np.errstate(invalid="ignore"):  # signalling NaNs become quiet ones
+            return data.view(np.float16).astype(np.float32).view(np.complex64)
     table: npt.NDArray[np.float32] = _table(dtype)[data]
     return table
 
@@ -128,7 +129,8 @@ class Stats:
 
 def _magnitudes(found: npt.NDArray[Any]) -> npt.NDArray[Any]:
     if found.dtype.kind == "c":
-        sizes: npt.NDArray[Any] = np.abs(found)
+        with np.errstate(invalid="ignore", over="ignore"):
+            sizes: npt.NDArray[Any] = np.abs(found)
         return sizes
     return found.view(np.uint8) if found.dtype.kind == "b" else found
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ..errors import ConfigError, SnapshotLost
+from ..errors import ConfigError
 from .answers import Asked, asking, console, print_json, printable
 from .contents import Opened
 from .export import FORMATS, Wanted, exporter
@@ -77,8 +77,5 @@ def _wanted(found: Opened, only: tuple[str, ...], rank: int) -> Wanted:
     if not 0 <= rank < found.world:
         raise ConfigError(f"--rank {rank}: {found.id} has ranks 0 to {found.world - 1}")
     if found.missing and not only:
-        raise SnapshotLost(
-            f"{found.id} cannot be restored from {found.source}: the images of ranks {', '.join(map(str, found.missing))} "
-            f"cannot be had (agents compute lost images for trainers only); tensors that are whole can: --only"
-        )
+        raise found.lacking("not all of it can be written; tensors that are whole can (--only)")
     return Wanted(found, tuple(wanted_tensors(found, only, rank)), values=not only, only=only)

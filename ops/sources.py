@@ -26,7 +26,6 @@ from ..storage.config import load_config
 from ..storage.entries import Entry
 from ..storage.inflight import each
 from ..storage.leases import reading
-from ..storage.names import snapshot_name
 from ..storage.reader import ImageReader, Listed, list_snapshots, read_entry
 from ..storage.store import Found, Store, open_store
 from ..storage.tiers import TierSettings, parse_tiers, parse_url
@@ -199,11 +198,13 @@ class TierSource:
 
     Attributes:
         stores: nearest first.
+        silent: why some did not answer when the source was listed last.
     """
 
     def __init__(self, name: str, stores: Sequence[Store], note: Note, job: str = "") -> None:
         self.name = name
         self.stores = list(stores)
+        self.silent: list[HoldfastError] = []
         self._note = note
         self._job = job
         self._found: dict[tuple[SnapshotId, int], InTiers] = {}
@@ -216,19 +217,19 @@ class TierSource:
             TierUnreachable, …: of the first one, if none answers.
         """
         answers = await asyncio.gather(*map(list_snapshots, self.stores), return_exceptions=True)
-        failed: list[HoldfastError] = []
+        self.silent = []
         self._found = {}
         for index, answer in enumerate(answers):
             if isinstance(answer, HoldfastError):
-                failed.append(answer)
+                self.silent.append(answer)
                 self._note(f"not answering: {self.stores[index].url}: {answer}")
             elif isinstance(answer, BaseException):
                 raise answer
             else:
                 for one in answer:
                     self._found.setdefault((one.id, one.world), InTiers(one.id, one.world)).listed[index] = one
-        if len(failed) == len(self.stores):
-            raise failed[0]
+        if len(self.silent) == len(self.stores):
+            raise self.silent[0]
         return [self._found[key] for key in sorted(self._found)]
 
     async def snapshots(self) -> Sequence[Listing]:
@@ -242,12 +243,12 @@ class TierSource:
         found = self._found[listing.id, listing.world]
         async with AsyncExitStack() as stack:
             having = await self._lease(stack, found)
-            entries = await self._entries(found, having)
+            entries, reasons = await self._entries(found, having)
             readers = {rank: ImageReader(entry, having) for rank, entry in entries.items()}
             values = {rank: entry.values.nbytes for rank, entry in entries.items()}
             job = next((entry.job for entry in entries.values()), self._job)
             try:
-                yield Opened(self.name, job, listing.id, listing.world, readers, values)
+                yield Opened(self.name, job, listing.id, listing.world, readers, values, reasons)
             finally:
                 for damage in (damage for reader in readers.values() for damage in reader.damaged):
                     self._note(f"damaged: {damage.key} in {damage.url}: {damage.reason}")
@@ -269,28 +270,30 @@ class TierSource:
             raise failed
         return having
 
-    async def _entries(self, found: InTiers, having: Sequence[Store]) -> Mapping[int, Entry]:
-        """A sound entry of each rank that has one. Damaged ones are noted."""
+    async def _entries(
+        self, found: InTiers, having: Sequence[Store]
+    ) -> tuple[Mapping[int, Entry], Mapping[int, HoldfastError]]:
+        """A sound entry of each rank that has one, and why others have none. Damage is noted."""
         entries: dict[int, Entry] = {}
-        last: list[HoldfastError] = []
+        reasons: dict[int, HoldfastError] = {}
 
         async def read(rank: int) -> None:
             for index, one in found.listed.items():
-                if rank not in one.entries or self.stores[index] not in having:
+                store = self.stores[index]
+                if rank not in one.entries or store not in having:
                     continue
                 try:
-                    entries[rank] = await read_entry(self.stores[index], found.id, rank, found.world)
-                    first = self.stores[index]
-                    self._stores_of[rank] = [first, *(store for store in having if store is not first)]
+                    entries[rank] = await read_entry(store, found.id, rank, found.world)
+                    self._stores_of[rank] = [store, *(other for other in having if other is not store)]
                     return
                 except HoldfastError as error:
-                    last.append(error)
+                    reasons[rank] = error
                     self._note(str(error))
 
         await each(found.ranks, read, _READS_AT_ONCE)
         if not entries:
-            raise last[0] if last else SnapshotLost(f"no entry of {snapshot_name(found.id)} is left in {self.name}")
-        return dict(sorted(entries.items()))
+            raise next(iter(reasons.values()), SnapshotLost(f"no entry of {found.id} is left in {self.name}"))
+        return dict(sorted(entries.items())), {rank: error for rank, error in reasons.items() if rank not in entries}
 
     def stores_of(self, rank: int) -> list[Store]:
         """Of the snapshot that is open: a store with a sound entry of that rank, then all others that may have its chunks."""

@@ -76,6 +76,7 @@ async def _verify_tiers(
         stores = [*source.stores, *(s for helper in helpers if isinstance(helper, TierSource) for s in helper.stores)]
         memories = [helper for helper in helpers if isinstance(helper, MemorySource)]
         listed = await source.listed()
+        failed += source.silent
         if words.snapshot is not None:
             named = choose(words.snapshot, [one for one in await source.snapshots() if one.ranks])
             listed = [one for one in listed if (one.id, one.world) == (named.id, named.world)]
