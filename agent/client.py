@@ -197,6 +197,7 @@ def hello(
     image_bytes: int,
     table_bytes: int,
     tiers: Iterable[str] = (),
+    grace_s: float = 0.0,
 ) -> wire.Hello:
     """The first message of a trainer."""
     return wire.Hello(
@@ -212,6 +213,7 @@ def hello(
         image_bytes=image_bytes,
         table_bytes=table_bytes,
         tiers=tiers,
+        grace_s=grace_s,
     )
 
 

@@ -32,6 +32,7 @@ from .trust import Trust
 
 _log = logging.getLogger(__name__)
 _IDLE_CHECK_S: Final = 1.0
+_ENDING_CHECK_S: Final = 0.05
 _STREAMS_OUT: Final = 256  # every other member of a group may pull for each of its ranks at once
 _GRACE_S: Final = 5.0  # for calls under way when the agent is asked to end
 
@@ -116,6 +117,8 @@ async def _serve(settings: NodeSettings, options: DaemonOptions, version: str, l
         with open(os.devnull, "w") as null:
             os.dup2(null.fileno(), sys.stdout.fileno())
     removing = await _until_done(service, options)
+    if not removing:
+        await _let_trainers_end(service)
     # Trainers see the stream end and keep training; what they had fenced is sealed before we go.
     await asyncio.gather(near.stop(_GRACE_S if removing else 0), far.stop(0))
     await service.quiesce()
@@ -156,6 +159,7 @@ async def _until_done(service: AgentService, options: DaemonOptions) -> bool:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked.set)
+    loop.add_signal_handler(signal.SIGUSR1, service.preempt, "the agent got SIGUSR1")
     while not asked.is_set():
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asked.wait(), _IDLE_CHECK_S)
@@ -165,6 +169,15 @@ async def _until_done(service: AgentService, options: DaemonOptions) -> bool:
             _log.info("nobody has been attached for %.0f s; giving the memory back", service.idle_s)
             return True
     return False
+
+
+async def _let_trainers_end(service: AgentService) -> None:
+    """This node is to be given up: trainers that want notice of it get it, and the time that they declared to end."""
+    grace_s = service.preempt("the agent is to end")
+    if grace_s > 0:
+        deadline_s = time.monotonic() + grace_s
+        while service.idle_s == 0.0 and time.monotonic() < deadline_s:
+            await asyncio.sleep(_ENDING_CHECK_S)
 
 
 def _leave(settings: NodeSettings) -> None:

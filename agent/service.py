@@ -138,9 +138,17 @@ class AgentService:
                 table_bytes=hello.table_bytes,
             )
             places = await to_the_end(reserve)
-            self.spiller.use(hello.tiers)
+            await self._check_tiers(hello)
             trainer = self._trainers[hello.rank] = _Trainer(hello)
         return trainer, places
+
+    async def _check_tiers(self, hello: wire.Hello) -> None:
+        """Raises ``ConfigError``, ``BudgetExceeded``, ``TierUnreachable``."""
+        self.spiller.use(hello.tiers)
+        beside = [
+            t.hello.image_bytes for rank, t in self._trainers.items() if rank != hello.rank and not t.gone.is_set()
+        ]
+        await self.spiller.check_budget(hello.image_bytes + sum(beside), hello.image_bytes * hello.world)
 
     def _welcome(self, places: list[Place]) -> wire.Welcome:
         return wire.Welcome(
@@ -156,6 +164,13 @@ class AgentService:
         for trainer in self._trainers.values():
             if trainer.write is not None and not trainer.gone.is_set():
                 self._spawn(trainer, _write(trainer.write, message))
+
+    def preempt(self, reason: str) -> float:
+        """This node will be gone soon. Trainers that declared a grace are told; returns the longest of theirs, 0 without any."""
+        there = [t for t in self._trainers.values() if not t.gone.is_set() and t.hello.grace_s > 0]
+        if there:
+            self.tell(wire.FromAgent(stop=wire.Stop(reason=reason)))
+        return max((t.hello.grace_s for t in there), default=0.0)
 
     async def _take_over(self, hello: wire.Hello) -> None:
         """Wait until the rank's former trainer is gone and what it left in flight is sealed or dropped."""

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from ..crashpoints import reach
-from ..errors import ConfigError, Corrupt, HoldfastError, Remedy, SnapshotSkipped, SnapshotUnknown, TierFull
+from ..errors import ConfigError, Corrupt, HoldfastError, Remedy, SnapshotSkipped, SnapshotUnknown, TierError, TierFull
 from ..snapshot.arena import Slot
 from ..snapshot.layout import Layout
 from ..snapshot.record import Record, SnapshotId, table_bytes_for
+from ..storage.names import SNAPSHOTS
 from ..storage.tiers import TierSettings
 from . import wire_pb2 as wire
 from .arenas import Arenas
@@ -115,6 +116,29 @@ class Spiller:
             return
         self._former += self._tiers  # what still writes there goes on
         self._tiers = [_Tier.of(one) for one in settings]
+
+    async def check_budget(self, node_bytes: int, world_bytes: int) -> None:
+        """Whether snapshots fit into the tiers, before training starts.
+
+        Args:
+            node_bytes: what the images of this node's ranks take, as far as these are here.
+            world_bytes: what those of all ranks take, in tiers that all nodes share for certain.
+
+        Raises:
+            BudgetExceeded: they do not. A tier that does not answer is not asked: it may when it is needed.
+        """
+        from ..storage.budget import check_budget
+
+        for tier in self._tiers:
+            local = tier.settings.url.startswith("file://")
+            try:
+                store = tier.opened()
+                free = await store.free_bytes() if local else None
+                held = sum([found.nbytes for found in await store.list(SNAPSHOTS)]) if free is not None else 0
+            except TierError as error:
+                _log.warning("%s: %s", tier.settings.url, error)
+                continue
+            check_budget(tier.settings, node_bytes if local else world_bytes, free, held_bytes=held)
 
     @property
     def tiers(self) -> Sequence[TierSettings]:

@@ -179,6 +179,7 @@ class Checkpointer:
                 table_bytes=table_bytes,
                 timeout_s=wait_s,
                 tiers=[tier.to_json() for tier in self._spilling.tiers],
+                grace_s=self._notice.grace_s or 0.0,
                 unmapping=self._unmapping,
                 gave_up=self._books.skip,
                 heard=self._heard,
@@ -510,6 +511,8 @@ class Checkpointer:
 
     def _last_step(self, ticket: Ticket | None) -> None:
         """All ranks are here: see the last snapshot to where it is safest, within the grace. Collective."""
+        if self._should_stop:
+            return  # the loop goes on all the same, which is its business
         if ticket is None and self._last_tries < _LAST_TRIES:
             self._last_tries += 1  # slots were busy, or some rank could not: the next step may do
             return

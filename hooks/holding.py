@@ -66,6 +66,7 @@ class Holding:
         table_bytes: int,
         timeout_s: float,
         tiers: Sequence[str] = (),
+        grace_s: float = 0.0,
         unmapping: Callable[[Slot], None] = lambda slot: None,
         gave_up: Callable[[str], None] = lambda reason: None,
         heard: Callable[[wire.FromAgent], None] = lambda message: None,
@@ -76,6 +77,7 @@ class Holding:
             image_bytes, table_bytes: size of each slot; sealed slots keep the size they have.
             timeout_s: how long starting, attaching and prefaulting may take together.
             tiers: as ``TierSettings`` writes them, for the agent.
+            grace_s: between a preemption notice and the kill, for the agent; 0 if it is to give none.
             unmapping: called before a slot's memory goes away.
             gave_up: called when a sealed snapshot had to be given up, on another thread.
             heard: what the agent says of spills and preemption, on another thread.
@@ -108,7 +110,7 @@ class Holding:
         self._closed = False
         self._hello = hello(
             settings, version, rank=rank, world=world, slots=slots, image_bytes=image_bytes, table_bytes=table_bytes,
-            tiers=tiers,
+            tiers=tiers, grace_s=grace_s,
         )  # fmt: skip
         self.alone = True
         self._attach(timeout_s)
