@@ -503,11 +503,11 @@ class Checkpointer:
             self._pulse.complete(id.step)
 
     def _wait_persisted(self, ticket: Ticket, timeout_s: float) -> None:
-        """As ``_wait_protected``, and then for the nearest tier of every rank. Collective."""
-        self._wait_protected(ticket, timeout_s)
-        what = f"persisting step {ticket.step}"
+        """Wait for the nearest tier of every rank. Whether other nodes hold parity does not matter for it. Collective."""
+        what, wait_s = f"step {ticket.step}", timeout_s + _GATHER_S
+        together(self._ranks, f"sealing {what}", wait_s, lambda: self._holding.wait_sealed(_taken(ticket), timeout_s))
         persist = partial(self._spilling.persist, _taken(ticket), timeout_s)
-        together(self._ranks, what, timeout_s + _GATHER_S, persist)
+        together(self._ranks, f"persisting {what}", wait_s, persist)
 
     def _last_step(self, ticket: Ticket | None) -> None:
         """All ranks are here: see the last snapshot to where it is safest, within the grace. Collective."""
