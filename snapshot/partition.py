@@ -107,11 +107,14 @@ def _cut_down(piece: Slice, target: int) -> Slice:
 
 def _row_at(piece: Slice, byte: int) -> int:
     """The boundary nearest to *byte* (counted from the slice's own start) at which it may be cut, clamped to the slice."""
-    if piece.nbytes == 0:
+    if byte <= 0 or piece.nbytes == 0:
         return 0
-    unit = piece.chunk[0] if piece.chunk else 1
-    unit_bytes = piece.nbytes // piece.rows * unit
-    return min(max((byte + unit_bytes // 2) // unit_bytes * unit, 0), piece.rows)
+    if byte >= piece.nbytes:
+        return piece.rows
+    row_bytes, unit = piece.nbytes // piece.rows, piece.chunk[0] if piece.chunk else 1
+    low = byte // (row_bytes * unit) * unit
+    high = min(low + unit, piece.rows)  # the last chunk may be shorter
+    return high if 2 * byte >= (low + high) * row_bytes else low
 
 
 def bytes_of(slices: Sequence[Slice]) -> int:

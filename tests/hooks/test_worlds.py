@@ -33,7 +33,8 @@ def _parts(ranks: list[dict[str, Any]]) -> dict[tuple[str, Any], list[tuple[int,
 
 
 def _check_shares(ranks: list[dict[str, Any]], members: int) -> None:
-    """The shares of replicas are disjoint, without gaps, and balanced."""
+    """The shares of replicas are disjoint, without gaps, and balanced: within a chunk, which is a whole tensor as small as
+    these."""
     parts = _parts(ranks)
     assert parts
     for (name, _), shares in parts.items():
@@ -42,7 +43,7 @@ def _check_shares(ranks: list[dict[str, Any]], members: int) -> None:
         assert all(extent for _, _, extent in shares) or len(shares) == 1, (
             f"{name}: a scalar copied {len(shares)} times"
         )
-    widest = 2 * max(math.prod(p[2][1:]) * 4 for entry in ranks for p in entry["layout"] if p[2])
+    widest = 2 * max(math.prod(p[2]) * 4 for entry in ranks for p in entry["layout"] if p[4])
     for group in {p[4] for entry in ranks for p in entry["layout"] if p[4]}:
         assert len(group) == members
         shared = [sum(p[3] for p in ranks[rank]["layout"] if p[4] == group) for rank in group]

@@ -135,3 +135,11 @@ def test_a_scalar_and_an_empty_tensor_on_a_grid() -> None:
     empty = Slice("e", "float32", (0, 3), (0, 0), (0, 3), members=(0, 1), chunk=(1, 3))
     assert share([scalar, empty], 0) == [scalar, empty]
     assert share([scalar, empty], 1) == []
+
+
+def test_a_short_last_chunk_is_not_left_out() -> None:
+    """Of one row where the others have three: it is less than half of a chunk, and still somebody's."""
+    tail = Slice("t", "uint8", (7,), (6,), (1,), "cpu", (4, 5), (3,))
+    assert [[p.rows for p in share([tail], rank)] for rank in (4, 5)] == [[], [1]]
+    whole = Slice("t", "uint8", (7,), (0,), (7,), "cpu", (0, 1, 2), (3,))
+    assert [[(p.start[0], p.rows) for p in share([whole], rank)] for rank in (0, 1, 2)] == [[(0, 3)], [], [(3, 4)]]
