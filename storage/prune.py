@@ -27,7 +27,7 @@ from ..snapshot.record import SnapshotId
 from .budget import no_room
 from .documents import seal, unseal
 from .leases import LEASE_S, any_fresh, leased
-from .names import DELETED, SNAPSHOTS, data_of, entries_of, readers_of, snapshot_name, tombstone_key
+from .names import DELETED, ENTRIES, SNAPSHOTS, data_of, entries_of, readers_of, snapshot_name, tombstone_key
 from .retention import Present, Verdict, decide
 from .store import Found, Store
 from .survey import Seen, Survey, survey
@@ -127,6 +127,9 @@ class Pruner:
                 removals.append(await self._remove(one.id, await self._reason(one.tombstone), until_s))
         verdicts = await self._decide(found, now_s, keep or self._settings.keep, persisted)
         going = [verdict for verdict in verdicts if verdict.goes]
+        if going:
+            # They go because newer ones are there. Those must still be there after a power cut.
+            await self._store.confirm(ENTRIES)
         for verdict in sorted(going, key=lambda verdict: found.seen[verdict.id].complete):
             removals.append(await self._remove(verdict.id, verdict.reason, until_s))
         return Pruned(tuple(verdicts), tuple(removals), swept)

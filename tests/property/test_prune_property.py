@@ -1,4 +1,5 @@
-"""Writers, readers and several who prune, at one tier, in any order of their effects, any of them killed anywhere.
+"""Writers, readers and several who prune, at one tier, in any order of their effects, any of them killed anywhere, or
+all at once by a power cut.
 
 Checked after every effect: no listing lies (what is complete has all its data); the newest complete snapshot never becomes
 an older one; what is deleted is what may go; who holds a lease reads to the end. And in the end all garbage is gone.
@@ -76,6 +77,12 @@ class Watch:
             self.deleted.add(grave)
             self._may_go(grave)
 
+    def after_power_cut(self, persisted: SnapshotId | None) -> None:
+        """What was only seen may be gone; what was reported persisted is not, or something newer is there."""
+        self.newest = persisted
+        self.deleted = {id for id in self.deleted if tombstone_key(id) in self.place.objects}
+        self.look("", False)
+
     def _may_go(self, id: SnapshotId) -> None:
         complete = self.complete(but=id)
         if id in complete:
@@ -96,7 +103,7 @@ async def write(store: ImaginedStore, id: SnapshotId, rank: int, done: set[tuple
     """One rank's image."""
     place, began_s = store.place, store.place.now_s
     for part in range(2):
-        await store.put(chunk(id, rank, part), [b"data"])
+        await store.put(chunk(id, rank, part), [b"data"], durable=False)
         await turn()
     await store.settle()
     if place.now_s - began_s > GIVEN_UP_S:
@@ -209,6 +216,16 @@ class Tier:
         self.runs += 1
         self.step = newest.step if newest is not None else 0
 
+    def cut_power(self, seed: int) -> None:
+        """Everybody dies at once, and what was not durable is lost."""
+        while self.actors.alive:
+            self.actors.kill(0)
+        self.place.cut_power(random.Random(seed))
+        ids = {id for id, _ in self.done}
+        persisted = [id for id in ids if all((id, rank) in self.done for rank in range(WORLD))]
+        self.watch.after_power_cut(max(persisted, default=None))
+        self.restart()
+
     def prune(self) -> None:
         self.start(Pruner(self.store(), self.settings, "ours", clock=lambda: self.place.now_s).prune())
 
@@ -244,6 +261,7 @@ happenings = st.one_of(
     st.tuples(st.just("kill"), st.integers(0, 20)),
     st.tuples(st.just("tick"), st.sampled_from([1.0, 20.0, 59.0, 90.0, 320.0, 700.0])),
     st.tuples(st.just("restart"), st.just(0)),
+    st.tuples(st.just("cut"), st.integers(0, 2**16)),
 )
 
 
@@ -266,6 +284,8 @@ def happen(tier: Tier, what: str, how: Any) -> None:
             tier.place.now_s += how
         case "restart":
             tier.restart()
+        case "cut":
+            tier.cut_power(how)
 
 
 @settings(derandomize=True, deadline=None, max_examples=400)
@@ -296,6 +316,7 @@ def weighted(rng: random.Random) -> tuple[str, Any]:
         (3, lambda: ("kill", rng.randrange(20))),
         (6, lambda: ("tick", rng.choice([1.0, 20.0, 59.0, 90.0, 320.0, 700.0]))),
         (1, lambda: ("restart", 0)),
+        (3, lambda: ("cut", rng.randrange(2**16))),
     ]
     return rng.choices([make for _, make in what], [weight for weight, _ in what])[0]()
 

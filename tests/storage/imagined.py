@@ -6,15 +6,17 @@ but such stores: no event loop, no thread, nothing that differs from run to run.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from dataclasses import dataclass, field
 from types import coroutine
 from typing import Any, TypeVar
 
 from holdfast.errors import ObjectMissing, TierFull, TierUnreachable
-from holdfast.storage.store import Buffer, Found
+from holdfast.storage.store import Buffer, Found, Names
 
 Result = TypeVar("Result")
+Contents = tuple[bytes, float]  # and when it was put
 TIMEOUT_S = 60.0
 _PAGE = 3
 
@@ -27,13 +29,17 @@ def turn() -> Generator[None, None, None]:
 
 @dataclass(slots=True)
 class Place:
-    """What is there. *room*: so many bytes fit, if limited. *watch* is called after every change: key, and whether it was put."""
+    """What is there. *room*: so many bytes fit, if limited. *watch* is called after every change: key, and whether it was put.
+
+    A change is seen at once, and survives a power cut only once it is no longer *pending* (there: what was before it).
+    """
 
     now_s: float = 1_000_000.0
-    objects: dict[str, tuple[bytes, float]] = field(default_factory=dict)
+    objects: dict[str, Contents] = field(default_factory=dict)
     room: int | None = None
     swept: list[float] = field(default_factory=list)
     watch: Callable[[str, bool], None] = lambda key, put: None
+    pending: dict[str, Contents | None] = field(default_factory=dict)
 
     def used(self) -> int:
         return sum(len(data) for data, _ in self.objects.values())
@@ -49,6 +55,15 @@ class Place:
     def under(self, prefix: str) -> list[str]:
         return sorted(key for key in self.objects if key.startswith(prefix))
 
+    def cut_power(self, rng: random.Random) -> None:
+        """Whatever is pending is as it was before, or as it is now, each for itself."""
+        for key, before in sorted(self.pending.items()):
+            if rng.random() < 0.5:
+                self.objects.pop(key, None)
+                if before is not None:
+                    self.objects[key] = before
+        self.pending.clear()
+
 
 class ImaginedStore:
     """One process's view of a place; an implementation of ``Store``. Fails what stands still for a minute, as real ones do."""
@@ -57,6 +72,7 @@ class ImaginedStore:
 
     def __init__(self, place: Place) -> None:
         self.place = place
+        self._unsettled: list[str] = []
 
     async def _turn(self) -> None:
         asked_s = self.place.now_s
@@ -70,10 +86,29 @@ class ImaginedStore:
         old = len(self.place.objects.get(key, (b"", 0.0))[0])
         if self.place.room is not None and self.place.used() - old + len(data) > self.place.room:
             raise TierFull(f"no room for {key}")
+        self._changes(key)
         self.place.put(key, data)
+        if durable:
+            await self._turn()
+            self._holds(key)
+        else:
+            self._unsettled.append(key)
 
     async def settle(self) -> None:
         await self._turn()
+        self._holds(*self._unsettled)
+        self._unsettled.clear()
+
+    async def confirm(self, prefix: str) -> None:
+        await self._turn()
+        self._holds(*(key for key in self.place.under(prefix)))
+
+    def _changes(self, key: str) -> None:
+        self.place.pending.setdefault(key, self.place.objects.get(key))
+
+    def _holds(self, *keys: str) -> None:
+        for key in keys:
+            self.place.pending.pop(key, None)
 
     async def get(self, key: str) -> bytes:
         await self._turn()
@@ -94,7 +129,7 @@ class ImaginedStore:
             if len(page) < _PAGE:
                 return found
 
-    async def children(self, prefix: str) -> list[str]:
+    async def children(self, prefix: str) -> Names:
         await self._turn()
         parts = (key.removeprefix(prefix).partition("/") for key in self.place.under(prefix))
         return sorted({name for name, slash, _ in parts if slash})
@@ -102,7 +137,10 @@ class ImaginedStore:
     async def delete(self, keys: Sequence[str]) -> None:
         for key in keys:
             await self._turn()
+            self._changes(key)
             self.place.delete(key)
+        await self._turn()
+        self._holds(*keys)
 
     async def sweep(self, older_than_s: float) -> int:
         self.place.swept.append(older_than_s)

@@ -93,6 +93,19 @@ def test_the_newest_stay_and_the_others_go(place: Place) -> None:
     assert prune(place).removals == ()
 
 
+def test_what_is_only_seen_is_made_durable_before_anything_goes_because_of_it(place: Place) -> None:
+    spill(place, at(10))
+    spill(place, at(20))
+    seen = entry_key(at(20), 1, WORLD)
+    place.pending[seen] = None
+
+    def watch(key: str, put: bool) -> None:
+        assert seen not in place.pending or not key.endswith(RUN + ".json"), "a power cut would leave nothing"
+
+    place.watch = watch
+    assert len(prune(place, keep=1).removals) == 1
+
+
 def test_a_plan_changes_nothing(place: Place) -> None:
     for step in (10, 20, 30):
         spill(place, at(step))
