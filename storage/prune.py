@@ -135,7 +135,12 @@ class Pruner:
         return Pruned(tuple(verdicts), tuple(removals), swept)
 
     async def discard(self, id: SnapshotId, reason: str, *, deadline_s: float = 600.0) -> Removal:
-        """Remove one snapshot, whatever ``retention`` says: one that its own writers have given up."""
+        """Remove a snapshot that its own writers have given up, without waiting until it is quiet.
+
+        One that is complete here stays: that its image cannot be written once more is no reason to lose it.
+        """
+        if Seen(id, await self._store.list(entries_of(id))).complete:
+            return Removal(id, f"{reason}; but it is complete", done=False)
         return await self._remove(id, reason, self._clock() + deadline_s)
 
     async def make_room(self, snapshot_bytes: int, *, persisted: SnapshotId | None = None) -> str | None:

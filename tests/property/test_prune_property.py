@@ -32,9 +32,9 @@ from holdfast.storage.prune import Pruner
 from holdfast.storage.retention import Present, decide
 from holdfast.storage.survey import survey
 from holdfast.storage.tiers import EverySteps, TierSettings
+from holdfast.tests.storage.imagined import ImaginedStore, Place, run, turn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from storage.imagined import ImaginedStore, Place, run, turn
 
 WORLD = 2
 DAY_S = 86400.0

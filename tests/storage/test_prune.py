@@ -29,7 +29,7 @@ from holdfast.storage.prune import QUIET_S, TOMBSTONE_S, Pruned, Pruner
 from holdfast.storage.store import Buffer, open_store
 from holdfast.storage.survey import survey
 from holdfast.storage.tiers import EverySteps, TierSettings
-from storage.imagined import ImaginedStore, Place, run
+from holdfast.tests.storage.imagined import ImaginedStore, Place, run
 
 RUN, OTHER_RUN = "a" * 32, "b" * 32
 WORLD = 2
@@ -289,6 +289,14 @@ def test_discarding_does_not_ask(place: Place) -> None:
     assert not left(place, at(10))
 
 
+def test_what_is_complete_is_not_discarded(place: Place) -> None:
+    spill(place, at(10))
+    removal = run(Pruner(ImaginedStore(place), settings(), "ours").discard(at(10), "the disk is full"))
+    assert removal is not None
+    assert (removal.done, removal.reason) == (False, "the disk is full; but it is complete")
+    assert complete(place) == [at(10)]
+
+
 def test_after_its_deadline_it_begins_nothing(place: Place) -> None:
     for step in range(10, 60, 10):
         spill(place, at(step))
@@ -414,18 +422,19 @@ def test_a_store_that_fails_is_said_so(place: Place) -> None:
 KILLED = """
     import asyncio, sys
     from holdfast.storage.prune import Pruner
-    from holdfast.storage.store import Buffer, open_store
+    from holdfast.storage.store import open_store
     from holdfast.storage.tiers import EverySteps, TierSettings
 
     async def main() -> None:
         store = open_store(sys.argv[1])
         await Pruner(store, TierSettings("file:///x", EverySteps(1), 2), "ours").prune()
+        await store.close()
 
     asyncio.run(main())
 """
 
 
-async def _spill_to_disk(url: str) -> None:
+async def _spill_to(url: str) -> None:
     place = Place()
     for step in (10, 20, 30, 40):
         spill(place, at(step))
@@ -447,13 +456,8 @@ async def _look(url: str) -> dict[SnapshotId, tuple[bool, int]]:
     return found
 
 
-@pytest.mark.parametrize(
-    "place", ["prune.before-tombstone=1", "prune.buried=1", "prune.inside=1", "prune.inside=2", "prune.emptied=1",
-              "prune.before-tombstone=2", "prune.buried=2", "prune.emptied=2"],
-)  # fmt: skip
-def test_killed_on_a_real_disk(tmp_path: Path, place: str) -> None:
-    url = tmp_path.as_uri()
-    asyncio.run(_spill_to_disk(url))
+def killed_and_finished(url: str, place: str) -> None:
+    asyncio.run(_spill_to(url))
     command = [sys.executable, "-c", textwrap.dedent(KILLED), url]
     dead = subprocess.run(command, env={**os.environ, "HOLDFAST_CRASH": place}, timeout=60, check=False)
     assert dead.returncode == -signal.SIGKILL
@@ -465,3 +469,16 @@ def test_killed_on_a_real_disk(tmp_path: Path, place: str) -> None:
     found = asyncio.run(_look(url))
     assert {id for id, (whole, _) in found.items() if whole} == {at(30), at(40)}
     assert all(objects == 0 for whole, objects in found.values() if not whole)
+
+
+@pytest.mark.parametrize(
+    "place", ["prune.before-tombstone=1", "prune.buried=1", "prune.inside=1", "prune.inside=2", "prune.emptied=1",
+              "prune.before-tombstone=2", "prune.buried=2", "prune.emptied=2"],
+)  # fmt: skip
+def test_killed_on_a_real_disk(tmp_path: Path, place: str) -> None:
+    killed_and_finished(tmp_path.as_uri(), place)
+
+
+@pytest.mark.parametrize("place", ["prune.buried=1", "prune.inside=1", "prune.emptied=2"])
+def test_killed_at_a_real_object_store(s3: str, place: str) -> None:
+    killed_and_finished(s3, place)
