@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
+
+import click
 
 from ..errors import SnapshotLost
 from ..snapshot.outlook import Spare
 from ..snapshot.record import SnapshotId
-from ..snapshot.recovery import Held, HeldParity, Persisted, Prospect, Rebuilt
+from ..snapshot.recovery import Held, HeldParity, Origin, Persisted, Prospect, Rebuilt
 from .answers import Answers, console, print_json, printable
 from .held import LATEST, Holdings, JobHoldings, Snapshot, by_job, choose, snapshots
 from .quantity import show_bytes, show_ranks
@@ -50,7 +52,10 @@ def explain(name: str, answers: Answers[Holdings], *, as_json: bool) -> None:
         ConfigError, SnapshotUnknown: as ``choose``.
         SnapshotLost: it cannot be restored; all is shown nevertheless. Or nothing can that is held.
     """
-    jobs, held = by_job(answers.given), snapshots(answers.given)
+    jobs = by_job(answers.given)
+    held = _all(jobs, snapshots(answers.given))
+    for error in (error for given in answers.given for error in given.answer[2].errors):
+        click.echo(f"not looked into: {printable(error)}", err=True)
     if held and name == LATEST and not any(p.reason is None for job in jobs.values() for p in job.prospects.values()):
         reasons = "; ".join(_passed_over(p) for job in jobs.values() for p in job.prospects.values())
         raise SnapshotLost(f"nothing that is held can be restored: {reasons}")
@@ -64,6 +69,16 @@ def explain(name: str, answers: Answers[Holdings], *, as_json: bool) -> None:
         _show(console(), found)
     if found.prospect.reason is not None:
         raise SnapshotLost(f"{snapshot.id} cannot be restored: {found.prospect.reason}")
+
+
+def _all(jobs: Mapping[str, JobHoldings], held: Sequence[Snapshot]) -> list[Snapshot]:
+    """Those in memory and those in tiers alone, by job, then newest first."""
+    found = {(s.job, s.id): s for s in held}
+    for name, job in jobs.items():
+        for part in job.stored:
+            found.setdefault((name, part.id), Snapshot(name, part.id, (), part.world))
+    newest_first = sorted(found.values(), key=lambda s: s.id, reverse=True)
+    return sorted(newest_first, key=lambda s: s.job)
 
 
 # -- showing ----------------------------------------------------------------------------------------------------------
@@ -116,6 +131,11 @@ def _where(found: Explained, rank: int) -> tuple[str, str]:
         return "-", _NOBODY
     if isinstance(source, Held):
         return show_bytes(source.image_bytes), _held_where(found.job.attached.get(rank), source)
+    if isinstance(source, Persisted):
+        return (
+            "-",
+            f"{_NOBODY}; read from {found.job.tier_urls.get(source.tier, 'a tier')} by {', '.join(source.agents)}",
+        )
     group = found.group(source)
     ranks = show_ranks(sorted(r for r in group.ranks if r != -1))
     guard = f"the group of ranks {ranks}, of whose {len(group.ranks)} members any {group.tolerance} may be lost"
@@ -131,11 +151,11 @@ def _held_where(attached: str | None, source: Held) -> str:
     return f"fetched from {source.path} of agent {source.agent} by {attached}, where the rank runs now"
 
 
-def _source(found: Explained, rank: int) -> Held | Rebuilt | None:
+def _source(found: Explained, rank: int) -> Origin | None:
     """Of several copies that of the rank's own node; where not all can be had, what is there."""
     copies = [image for image in found.job.images if (image.id, image.rank) == (found.snapshot.id, rank)]
     own = [image for image in copies if image.agent == found.job.attached.get(rank)]
-    planned = [s for s in found.prospect.sources if s.rank == rank and not isinstance(s, Persisted)]
+    planned = [source for source in found.prospect.sources if source.rank == rank]
     return next(iter([*own, *planned, *copies]), None)
 
 
@@ -168,6 +188,10 @@ def _image_json(found: Explained, rank: int) -> dict[str, Any]:
         kind = "own" if source.agent == attached else "held"
         return image | {
             "source": kind, "agent": source.agent, "path": source.path, "image_bytes": source.image_bytes,
+        }  # fmt: skip
+    if isinstance(source, Persisted):
+        return image | {
+            "source": "tier", "tier": found.job.tier_urls.get(source.tier), "readers": list(source.agents),
         }  # fmt: skip
     if isinstance(source, Rebuilt):
         group = found.group(source)

@@ -9,14 +9,15 @@ from typing import Final, Protocol, TypeVar
 
 from ..agent import wire_pb2 as wire
 from ..agent.client import AgentClient
-from ..agent.inventory import held_images, held_parities
+from ..agent.inventory import held_images, held_parities, in_tiers
 from ..errors import ConfigError, SnapshotUnknown
 from ..snapshot.outlook import Spare, spare_nodes
 from ..snapshot.record import SnapshotId
-from ..snapshot.recovery import Held, HeldParity, Prospect, prospects
+from ..snapshot.recovery import Held, HeldParity, InTier, Prospect, prospects
 from .answers import Answered, Answers, Asked, ask
 
 LATEST: Final = "latest"
+_LIST_S: Final = 60.0  # for an agent to list its tiers
 _LOOKS: Final = 4  # at a job that moves on meanwhile
 _NAME: Final = re.compile(r"(?:([0-9a-fA-F-]*)/)?(\d+|latest)")
 
@@ -32,16 +33,18 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All images of one snapshot that were found, by rank. Never empty."""
+    """All images of one snapshot that were found in memory, by rank. *world_in_tiers* counts where there are none: it lies in
+    tiers only."""
 
     job: str
     id: SnapshotId
     copies: tuple[Copy, ...]
+    world_in_tiers: int = 0
 
     @property
     def world(self) -> int:
         """How many ranks the snapshot was taken of."""
-        return self.copies[0].image.world
+        return self.copies[0].image.world if self.copies else self.world_in_tiers
 
     @property
     def ranks(self) -> list[int]:
@@ -59,31 +62,36 @@ class Snapshot:
         return sum({copy.image.rank: copy.image.image_bytes for copy in self.copies}.values())
 
 
-Holdings = tuple[wire.StatusReport, wire.ImageList]
+Holdings = tuple[wire.StatusReport, wire.ImageList, wire.TierList]
 
 
-def ask_holdings(asked: Asked) -> Answers[Holdings]:
-    """Which snapshots each agent holds, and for which job.
+def ask_holdings(asked: Asked, *, tiers: bool = False) -> Answers[Holdings]:
+    """Which snapshots each agent holds, and for which job; with *tiers*, also what it finds in those that it knows.
 
     No two agents are asked at the same instant. If a job trains on so fast that their answers have no snapshot in common, they
     are asked again, a few times.
     """
     for _ in range(_LOOKS):
-        answers = ask(asked, _holdings, lambda holdings: holdings[0])
+        answers = ask(asked, _stored if tiers else _holdings, lambda holdings: holdings[0])
         if not any(job.moved_on for job in by_job(answers.given).values()):
             break
     return answers
 
 
 def _holdings(client: AgentClient) -> Holdings:
-    return client.status(), client.inventory()
+    return client.status(), client.inventory(), wire.TierList()
+
+
+def _stored(client: AgentClient) -> Holdings:
+    report, images, none = _holdings(client)
+    return report, images, client.stored(_LIST_S) if report.tiers else none
 
 
 def snapshots(given: Iterable[Answered[Holdings]]) -> list[Snapshot]:
     """The snapshots held, by job, then newest first."""
     found: dict[tuple[str, SnapshotId], list[Copy]] = {}
     for answered in given:
-        report, images = answered.answer
+        report, images, _ = answered.answer
         for image in images.images:
             id = SnapshotId(image.generation, image.step, image.run)
             found.setdefault((report.job, id), []).append(Copy(answered.address, report.agent, image))
@@ -152,12 +160,15 @@ class JobHoldings:
     """What the agents of one job hold, as the restore plan sees it.
 
     Attributes:
+        stored: what they find in tiers; tier_urls: what each tier is called, by its index.
         attached: of each rank whose trainer lives, the agent that it is attached to.
         prospects: of every snapshot that anybody holds or knows of, newest first.
     """
 
     images: list[Held] = field(default_factory=list)
     parities: list[HeldParity] = field(default_factory=list)
+    stored: list[InTier] = field(default_factory=list)
+    tier_urls: dict[int, str] = field(default_factory=dict)
     attached: dict[int, str] = field(default_factory=dict)
     prospects: dict[SnapshotId, Prospect] = field(default_factory=dict)
 
@@ -175,11 +186,13 @@ def by_job(given: Iterable[Answered[Holdings]]) -> Mapping[str, JobHoldings]:
     """What was answered, put together for each job."""
     jobs: dict[str, JobHoldings] = {}
     for answered in given:
-        report, images = answered.answer
+        report, images, tiers = answered.answer
         job = jobs.setdefault(report.job, JobHoldings())
         job.images += held_images(images)
         job.parities += held_parities(images)
+        job.stored += in_tiers(tiers)
+        job.tier_urls |= {index: tier.url for index, tier in enumerate(report.tiers)}
         job.attached |= {trainer.rank: report.agent for trainer in report.trainers if trainer.alive}
     for job in jobs.values():
-        job.prospects = {p.id: p for p in prospects(job.images, parities=job.parities)}
+        job.prospects = {p.id: p for p in prospects(job.images, parities=job.parities, stored=job.stored)}
     return jobs

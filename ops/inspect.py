@@ -103,7 +103,7 @@ def inspect(
 
 def _inspect_memory(snapshot: str, asked: Asked, as_json: bool, explained: bool) -> None:
     """Have the agents read it where it lies."""
-    answers = ask_holdings(asked)
+    answers = ask_holdings(asked, tiers=explained)
     tell_silent(answers.silent)
     if explained:
         from .explain import explain

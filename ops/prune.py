@@ -14,28 +14,26 @@ from ..errors import ConfigError
 from ..storage.prune import Pruned, Pruner
 from ..storage.store import open_store
 from ..storage.tiers import Tier, TierSettings
-from .answers import Asked, asking, console, print_json, printable
+from .answers import Asked, console, print_json, printable
 from .quantity import show_bytes
 from .sources import Agents, find
 
 
 @click.command
-@asking
 @click.option("--dry-run", is_flag=True, help="Say what would go and why; remove nothing.")
 @click.option("--keep", type=click.IntRange(min=1), help="So many of the newest complete snapshots stay.")
 @click.option(
     "--milestone-steps", type=click.IntRange(min=1), help="Besides, one at or after each multiple of this stays."
 )
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object; docs/cli.md names its keys.")
 @click.argument("source", metavar="[SOURCE]", required=False)
-def prune(
-    source: str | None, dry_run: bool, keep: int | None, milestone_steps: int | None, asked: Asked, as_json: bool
-) -> None:
+def prune(source: str | None, dry_run: bool, keep: int | None, milestone_steps: int | None, as_json: bool) -> None:
     """Remove old snapshots, and what unfinished ones left, from a tier, or from all tiers of a config (HOLDFAST_CONFIG).
 
     A config says what each tier keeps; otherwise --keep has to. The newest complete snapshot always stays, and so does what is
     being read. This may be killed at any time: the next prune takes it up.
     """
-    where = find(source or os.environ.get("HOLDFAST_CONFIG"), asked)
+    where = find(source or os.environ.get("HOLDFAST_CONFIG"), Asked((), named=False))
     if isinstance(where, Agents):
         raise ConfigError("nothing in memory is pruned: name a tier, or a config (HOLDFAST_CONFIG)")
     if not where.settings and keep is None:

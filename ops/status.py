@@ -113,6 +113,11 @@ def _show_agent(out: Console, answered: Answered[wire.StatusReport]) -> None:
         out.print(printable(line), soft_wrap=True)
     out.print(_trainer_table(answered.answer) if answered.answer.trainers else "  no trainer has been attached")
     out.print(_slot_table(answered.answer) if answered.answer.slots else "  no slots")
+    if answered.answer.tiers:
+        out.print(_tier_table(answered.answer))
+        for tier in answered.answer.tiers:
+            if tier.trouble:
+                out.print(printable(f"  {tier.url}: {tier.trouble}"), soft_wrap=True)
     if answered.answer.foreign:
         names = ", ".join(printable(name) for name in answered.answer.foreign)
         out.print(f"  files that are not ours, left alone: {names}", soft_wrap=True)
@@ -178,6 +183,27 @@ def _slot_table(report: wire.StatusReport) -> Table:
     return table
 
 
+def _tier_table(report: wire.StatusReport) -> Table:
+    from rich.table import Table
+
+    table = Table("tier", "newest here", "behind", "last spill", "in", "images", "failed", "waiting", "pruned")
+    for tier in report.tiers:
+        t = _tier_json(report, tier)
+        newest = t["newest"]
+        table.add_row(
+            printable(t["url"]),
+            printable(f"{newest['run'][:8]}/{newest['step']}") if newest else _NONE,
+            _NONE if t["lag_steps"] is None else f"{t['lag_steps']} step{'s' if t['lag_steps'] != 1 else ''}",
+            show_bytes(t["spilled_bytes"]) if t["spills"] else _NONE,
+            show_seconds(t["spill_s"]) if t["spills"] else _NONE,
+            str(t["spills"]),
+            str(t["failures"]),
+            str(t["queued"]),
+            str(t["pruned"]),
+        )
+    return table
+
+
 def _shown(value: int | None) -> str:
     return _NONE if value is None else str(value)
 
@@ -203,6 +229,26 @@ def _agent_json(answered: Answered[wire.StatusReport]) -> dict[str, Any]:
         "trainers": [_trainer_json(trainer) for trainer in r.trainers],
         "slots": [_slot_json(slot) for slot in r.slots],
         "foreign": list(r.foreign),
+        "tiers": [_tier_json(r, tier) for tier in r.tiers],
+    }
+
+
+def _tier_json(report: wire.StatusReport, tier: wire.TierStatus) -> dict[str, Any]:
+    there = tier.HasField("newest")
+    steps = [t.report.step for t in report.trainers if t.report.ByteSize()]
+    steps += [slot.step for slot in report.slots if slot.state == "sealed"]
+    newest = {"run": tier.newest.run, "generation": tier.newest.generation, "step": tier.newest.step}
+    return {
+        "url": tier.url,
+        "newest": newest if there else None,
+        "lag_steps": max(0, max(steps) - tier.newest.step) if there and steps else None,
+        "spilled_bytes": tier.spilled_bytes,
+        "spill_s": tier.spill_s,
+        "spills": tier.spills,
+        "failures": tier.failures,
+        "trouble": tier.trouble,
+        "queued": tier.queued,
+        "pruned": tier.pruned,
     }
 
 

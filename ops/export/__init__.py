@@ -7,10 +7,10 @@ read window by window and written as they come, so memory stays bounded; and the
 from __future__ import annotations
 
 import importlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from ..contents import Opened, Tensor
 
@@ -41,7 +41,7 @@ class Wanted:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-Exporter = Callable[[Wanted, Path, Advance], Awaitable[list[str]]]
+Exporter = Callable[[Wanted, Path, Advance], Coroutine[Any, Any, list[str]]]
 """Writes into a folder that exists and is empty; says in words what of the snapshot the format has no place for."""
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from holdfast.agent import wire_pb2 as wire
-from holdfast.agent.client import Attachment, hello, id_of, place_of
+from holdfast.agent.client import Attachment, hello, id_of, place_of, wire_id
 from holdfast.agent.settings import NodeSettings
 from holdfast.agent.trust import Trust
 from holdfast.snapshot.arena import Slot
@@ -73,11 +73,15 @@ class Node:
 class Trainer:
     """One rank of a job: takes snapshots of what it is given."""
 
-    def __init__(self, node: Node, rank: int = 0, world: int = 1, image_bytes: int = 1 << 16) -> None:
+    def __init__(
+        self, node: Node, rank: int = 0, world: int = 1, image_bytes: int = 1 << 16, tiers: Sequence[str] = ()
+    ) -> None:
         self.node, self.rank = node, rank
         self._heard: queue.SimpleQueue[wire.FromAgent] = queue.SimpleQueue()
         self._guarded: set[SnapshotId] = set()
-        asked = hello(node.settings, "0", rank=rank, world=world, slots=2, image_bytes=image_bytes, table_bytes=1 << 16)
+        asked = hello(
+            node.settings, "0", rank=rank, world=world, slots=2, image_bytes=image_bytes, table_bytes=1 << 16, tiers=tiers
+        )  # fmt: skip
         self._attachment = Attachment(
             node.settings, asked, hear=self._heard.put, lost=lambda attachment, error: None, timeout_s=DEADLINE_S
         )
@@ -116,6 +120,16 @@ class Trainer:
         """Return once the agent holds all its parity of the snapshot."""
         while id not in self._guarded:
             self._guarded.add(id_of(self._next("guarded").guarded.id))
+
+    def spill(self, id: SnapshotId, tiers: int = 1) -> None:
+        """Have the image written to so many tiers, and wait for that."""
+        self._attachment.send(wire.FromTrainer(spill=wire.Spill(id=wire_id(id), tiers=tiers)))
+        for _ in range(tiers):
+            assert not (done := self._next("spilled").spilled).error, done
+
+    def heard(self, kind: str) -> wire.FromAgent:
+        """The next message of that kind."""
+        return self._next(kind)
 
     def _next(self, kind: str) -> wire.FromAgent:
         while True:
@@ -160,7 +174,7 @@ class Cluster:
         self._nodes.append(Node(self.folder / folder, job, name, **options))
         return self._nodes[-1]
 
-    def trainer(self, node: Node, **options: int) -> Trainer:
+    def trainer(self, node: Node, **options: Any) -> Trainer:
         self.trainers.append(Trainer(node, **options))
         return self.trainers[-1]
 

@@ -44,7 +44,7 @@ class HeldBytes:
     """An image in this process's memory."""
 
     layout: Layout
-    bytes: Bytes
+    content: Bytes
 
     async def read_slice(self, index: int, out: Bytes, first_row: int = 0, rows: int | None = None) -> None:
         placed = self.layout.placed[index]
@@ -52,10 +52,10 @@ class HeldBytes:
         count = placed.slice.rows - first_row if rows is None else rows
         start = placed.offset + first_row * width
         assert start + count * width <= placed.end
-        out[:] = self.bytes[start : start + count * width]
+        out[:] = self.content[start : start + count * width]
 
     async def read_values(self) -> bytes:
-        return self.bytes[self.layout.values_offset :].tobytes()
+        return self.content[self.layout.values_offset :].tobytes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,9 @@ class State:
         for rank in ranks:
             image = self.image(rank)
             await write_image(
-                store, Image(self.id, rank, WORLD, self.id.step - 1, JOB, image.layout, image.bytes), still=lambda: True
+                store,
+                Image(self.id, rank, WORLD, self.id.step - 1, JOB, image.layout, image.content),
+                still=lambda: True,
             )
         await store.close()
 
@@ -101,7 +103,7 @@ class State:
     def opened(self, *ranks: int) -> Opened:
         """As a source would open it; without some ranks, if others are named."""
         images = {rank: self.image(rank) for rank in ranks or range(WORLD)}
-        values = {rank: len(image.bytes) - image.layout.values_offset for rank, image in images.items()}
+        values = {rank: len(image.content) - image.layout.values_offset for rank, image in images.items()}
         return Opened("here", JOB, self.id, WORLD, images, values)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 import zarr
 from holdfast.errors import ConfigError, StateRefused
 from holdfast.ops.contents import Opened, Tensor, tensors
@@ -23,6 +22,7 @@ from holdfast.snapshot.record import SnapshotId
 from holdfast.tests.ops.states import HELD, NAMES, RUN, WORLD, HeldBytes, state, values_of
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 STATE = state(5)
 DTYPES = sorted(ITEM_BYTES)
@@ -73,7 +73,8 @@ def expected(opened: Opened) -> dict[str, torch.Tensor]:
     image = opened.images[0]
     assert isinstance(image, HeldBytes)
     return {
-        p.slice.name: as_torch(p.slice.dtype, p.slice.shape, image.bytes[p.offset : p.end]) for p in image.layout.placed
+        p.slice.name: as_torch(p.slice.dtype, p.slice.shape, image.content[p.offset : p.end])
+        for p in image.layout.placed
     }
 
 
@@ -145,11 +146,11 @@ def test_dcp_loads_with_its_own_load(tmp_path: Path) -> None:
     folder, omitted = written("dcp", wanted(STATE.opened()), tmp_path / "out")
     assert len(omitted) == 2
     into: dict[str, Any] = {name: torch.zeros_like(torch_tensor(name)) for name in NAMES}
-    dcp.load(into, checkpoint_id=folder, no_dist=True)
+    dcp_load(into, checkpoint_id=folder, no_dist=True)
     assert all(same(into[name], torch_tensor(name)) for name in NAMES)
 
     nested = {"model": {"weight": torch.zeros(6, 4)}}  # as state_dict() gives it
-    dcp.load(nested, checkpoint_id=folder, no_dist=True)
+    dcp_load(nested, checkpoint_id=folder, no_dist=True)
     assert same(nested["model"]["weight"], torch_tensor("model.weight"))
 
 
@@ -159,9 +160,9 @@ def test_dcp_loads_with_its_own_load(tmp_path: Path) -> None:
 def test_zarr_opens_with_zarr(tmp_path: Path) -> None:
     folder, omitted = written("zarr", wanted(STATE.opened()), tmp_path / "out")
     assert omitted == []
-    group = zarr.open_group(str(folder), mode="r")
+    group: Any = zarr.open_group(str(folder), mode="r")
     assert group.attrs["holdfast"]["step"] == 5
-    arrays = dict(group.arrays())
+    arrays: dict[str, Any] = dict(group.arrays())
     assert sorted(arrays) == sorted(NAMES)
     for name in NAMES:
         piece = next(piece for piece in HELD[0] if piece.name == name)
@@ -182,7 +183,7 @@ def test_zarr_has_every_dtype_and_cuts_chunks(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("holdfast.ops.contents.stream.__defaults__", (32,))
     opened = every_dtype()
     folder, _ = written("zarr", wanted(opened), tmp_path / "out")
-    group = zarr.open_group(str(folder), mode="r")
+    group: Any = zarr.open_group(str(folder), mode="r")
     for name, tensor in expected(opened).items():
         array = group[name]
         assert array.shape == (3, 5)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from holdfast.agent import reading
 from holdfast.snapshot.record import SnapshotId
+from holdfast.storage.tiers import Tier, TierSettings
 from holdfast.tests.ops.agents import Cluster, Holdfast, Node, Trainer, document, until
 from holdfast.tests.ops.states import HELD, JOB, NAMES, RUN, WORLD, State, state
 
@@ -23,7 +24,7 @@ def seal(trainers: list[Trainer], slot: int, held: State) -> list[str]:
     paths = []
     for rank, trainer in enumerate(trainers):
         image = held.image(rank)
-        paths.append(trainer.seal(slot, held.id, image.layout, image.bytes.tobytes()))
+        paths.append(trainer.seal(slot, held.id, image.layout, image.content.tobytes()))
     return paths
 
 
@@ -57,7 +58,12 @@ def test_restore_out_of_memory(
     node, _, _ = job
     mapped: list[str] = []
     real = reading.MappedSlot
-    monkeypatch.setattr(reading, "MappedSlot", lambda copy, id: mapped.append(copy.path) or real(copy, id))
+
+    def open_mapped(copy: reading.Copy, id: SnapshotId) -> reading.MappedSlot:
+        mapped.append(copy.path)
+        return real(copy, id)
+
+    monkeypatch.setattr(reading, "MappedSlot", open_mapped)
     address = node.address if over == "socket" else f"agent://{node.listen}"
     done = document(holdfast, "restore", f"{address}#latest", "--to", str(tmp_path / "out"), "--format", "torch")
     assert (done["source"], done["job"], done["step"], done["tensors"]) == ("memory", JOB, 6, len(NAMES))
@@ -149,7 +155,7 @@ def test_of_two_copies_the_sound_one_is_read(cluster: Cluster, tmp_path: Path, h
 def test_lost_images_are_not_computed_for_a_reader(cluster: Cluster, tmp_path: Path, holdfast: Holdfast) -> None:
     trainer = cluster.trainer(cluster.node(job=JOB), rank=1, world=WORLD)
     image = OLD.image(1)
-    trainer.seal(0, OLD.id, image.layout, image.bytes.tobytes())
+    trainer.seal(0, OLD.id, image.layout, image.content.tobytes())
     code, _, err = holdfast("restore", "/5", "--to", str(tmp_path / "out"), "--format", "torch")
     assert (code, "the images of ranks 0 cannot be had" in err) == (13, True)
     assert holdfast("restore", "/5", "--to", str(tmp_path / "out"), "--format", "torch", "--only", "model.mean")[0] == 0
@@ -167,6 +173,36 @@ def test_spill_asks_the_agents(cluster: Cluster, holdfast: Holdfast) -> None:
     assert (code, json.loads(out)["asked"]) == (
         11, [{"job": JOB, "agent": "n0", "accepted": False, "reason": "the job has no tiers"}],
     )  # fmt: skip
+
+
+def test_what_lies_in_tiers_alone_is_explained_and_shown(cluster: Cluster, tmp_path: Path, holdfast: Holdfast) -> None:
+    """Its node is lost with all memory; a new one knows the tiers from its trainers."""
+    tier = tmp_path / "tier"
+    settings = [TierSettings.parse(Tier(str(tier))).to_json()]
+    node = cluster.node(job=JOB)
+    trainers = [cluster.trainer(node, rank=rank, world=WORLD, tiers=settings) for rank in range(WORLD)]
+    seal(trainers, 0, OLD)
+    for trainer in trainers:
+        trainer.slots[0].mark_complete()
+        trainer.spill(OLD.id)
+    assert document(holdfast, "diff", "latest", f"{tier}#latest")["same"]
+    seal(trainers, 1, NEW)
+    (shown,) = document(holdfast, "status")["agents"][0]["tiers"]
+    assert (shown["url"], shown["newest"]["step"], shown["lag_steps"], shown["spills"]) == (tier.as_uri(), 5, 1, 2)
+    assert "1 step" in holdfast("status")[1]
+    code, out, err = holdfast("spill", "--json")
+    assert (code, json.loads(out)["asked"][0]["accepted"]) == (0, True), err
+    assert [trainer.heard("due").due.tiers for trainer in trainers] == [1, 1]
+
+    cluster.lose(node)
+    node = cluster.node(job=JOB)
+    cluster.trainer(node, rank=0, world=WORLD, tiers=settings)
+    found = document(holdfast, "inspect", "--explain")
+    assert (found["step"], found["restorable"], found["chosen"], found["complete"]) == (5, True, True, False)
+    assert [(i["source"], i["tier"], i["readers"]) for i in found["images"]] == [
+        ("tier", tier.as_uri(), ["n0"])
+    ] * WORLD
+    assert f"read from {tier.as_uri()} by n0" in holdfast("inspect", "--explain")[1]
 
 
 def test_a_snapshot_that_is_overwritten_meanwhile_is_gone(job: Job, holdfast: Holdfast, tmp_path: Path) -> None:

@@ -13,13 +13,14 @@ import pytest
 import torch
 import zarr
 from holdfast.errors import ConfigError, TierUnreachable
-from holdfast.ops import sources
 from holdfast.ops.answers import Asked
 from holdfast.ops.sources import Agents, Tiers, Words, find, read_words
+from holdfast.storage import store
 from holdfast.storage.names import data_of, entry_key, snapshot_name, tombstone_key
 from holdfast.storage.store import Found
 from holdfast.tests.ops.agents import Holdfast, document
 from holdfast.tests.ops.states import JOB, NAMES, RUN, WORLD, state
+from holdfast.tests.ops.test_cli import DOCS, keys
 from holdfast.tests.storage.memory import Memory
 from holdfast.tests.storage.weed import Weed
 
@@ -167,7 +168,7 @@ def test_restore_writes_files(tier: Path, tmp_path: Path, holdfast: Holdfast) ->
     loaded = torch.load(tmp_path / "t" / "tensors.pt", weights_only=True)
     assert loaded["model.weight"].numpy().tobytes() == OLD.of("model.weight").tobytes()
     assert holdfast("restore", f"{tier}#/5", "--to", str(tmp_path / "t"), "--format", "zarr")[0] == 2
-    group = zarr.open_group(str(tmp_path / "tier" / data_of(OLD.id)), mode="r")  # what was spilled opens just so
+    group: Any = zarr.open_group(str(tmp_path / "tier" / data_of(OLD.id)), mode="r")  # what was spilled opens just so
     assert np.asarray(group["model.weight"][...]).tobytes() == OLD.of("model.weight").tobytes()
 
 
@@ -175,7 +176,7 @@ def test_restore_only_some_tensors_as_one_rank_has_them(tier: Path, tmp_path: Pa
     arguments = ("restore", f"{tier}#latest", "--format", "zarr", "--only", "model.m*", "--only", "model.weight")
     done = document(holdfast, *arguments, "--to", str(tmp_path / "out"), "--rank", "1")
     assert (done["tensors"], done["omitted"]) == (2, [])
-    group = zarr.open_group(str(tmp_path / "out"), mode="r")
+    group: Any = zarr.open_group(str(tmp_path / "out"), mode="r")
     assert sorted(group.array_keys()) == ["model.mean", "model.weight"]
     assert np.asarray(group["model.mean"][:]).tobytes() == NEW.of("model.mean", 1).tobytes()
     assert list(group.group_keys()) == []
@@ -349,6 +350,20 @@ def test_prune_takes_the_config_from_the_environment(
     assert len(document(holdfast, "prune", "--dry-run", "--keep", "2")["tiers"]) == 2
 
 
+def test_every_json_key_of_these_commands_is_documented(config: Path, tmp_path: Path, holdfast: Holdfast) -> None:
+    flip(chunk(tmp_path / "tier", "model.weight"))
+    commands = [
+        ["ls", str(config)], ["inspect", f"{config}#latest", "--stats"], ["verify", f"{config}#latest"],
+        ["diff", f"{config}#/5", f"{config}#/6"], ["copy", f"{config}#latest", str(tmp_path / "new")], ["prune", str(config)],
+        ["restore", f"{config}#latest", "--to", str(tmp_path / "out"), "--format", "zarr"],
+    ]  # fmt: skip
+    text = DOCS.read_text("utf-8")
+    for command in commands:
+        section = text.partition(f"## holdfast {command[0]}\n")[2].partition("\n## ")[0]
+        said = set(keys(json.loads(holdfast(*command, "--json")[1])))
+        assert {key for key in said if f"`{key}`" not in section} == set(), command
+
+
 # -- object stores ----------------------------------------------------------------------------------------------------
 
 
@@ -387,7 +402,7 @@ class _Down(Memory):
 
 def test_a_tier_that_is_down_is_told(config: Path, holdfast: Holdfast, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of several is gone around; the only one is a failure."""
-    real = sources.open_store
+    real = store.open_store
     down = (config.parent / "tier").as_uri()
     for module in ("sources", "listing"):
         monkeypatch.setattr(f"holdfast.ops.{module}.open_store", lambda url: _Down(url) if url == down else real(url))
