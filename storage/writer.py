@@ -16,14 +16,15 @@ from typing import Final, TypeAlias
 import numpy as np
 
 from ..crashpoints import reach
-from ..errors import ObjectMissing, SnapshotSkipped
+from ..errors import SnapshotSkipped
 from ..snapshot.layout import Layout
 from ..snapshot.record import SnapshotId
 from .arrays import array_metadata, group_metadata, values_metadata
 from .chunks import CRC_BYTES, Chunk, corner, is_run, payload_bytes, plan, span, values_key
 from .entries import FORMAT, Entry, Stored, StoredValues
 from .inflight import Room, each
-from .names import GROUP, data_of, entry_key, snapshot_name, tombstone_key, values_path
+from .leases import buried
+from .names import GROUP, data_of, entry_key, snapshot_name, values_path
 from .reader import AT_ONCE, IN_FLIGHT_BYTES, Bytes, ImageReader, Progress, crc_of, in_thread, read_entry
 from .store import Store
 
@@ -246,9 +247,7 @@ class _Writer:
         await self._store.put(key, [data])
         reach("spill.committed")
         # Looked for afterwards: a prune that had begun before the entry was there may not have seen it, and would leave it.
-        try:
-            await self._store.get(tombstone_key(entry.id))
-        except ObjectMissing:
+        if not await buried(self._store, entry.id):
             return entry
         await self._store.delete([key])
         raise SnapshotSkipped(f"snapshot {snapshot_name(entry.id)} was deleted from {self._store.url} meanwhile")
