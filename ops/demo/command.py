@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from .driver import Outcome, Plan, Watch
-    from .verdict import KillCost
+    from .verdict import KillCost, Verdict
 
 _RUNS: Final = ("reference", "attacked")
 _KILLED: Final = {
@@ -28,6 +28,7 @@ _KILLED: Final = {
     Target.AGENT: "{victim}",
     Target.ALL: "ranks and agents",
     Target.NODE: "{nodes}",
+    Target.PREEMPT: "notice to {victim}",
 }
 _DIFFERENCES_SHOWN: Final = 5
 _NONE: Final = "-"
@@ -52,7 +53,11 @@ _NONE: Final = "-"
     default=["trainer"],
     show_default=True,
     help="What to SIGKILL: every rank, one random rank, an agent, all ranks and agents at once; or whole nodes with their "
-    "memory, one, or several at once (node,node). Given several times, they take turns.",
+    "memory, one, or several at once (node,node). preempt: SIGTERM one random rank, and once all have ended by themselves, take "
+    "every machine away. Given several times, they take turns.",
+)
+@click.option(
+    "--tier", metavar="URL", help="Spill to URL/JOB too.  [default: OUT/tier if there are preemptions, else nowhere]"
 )
 @click.option("--kills", type=click.IntRange(0), default=3, show_default=True, help="How many kills.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Of the training and of the kills.  [default: random]")
@@ -70,6 +75,7 @@ def demo(
     strategy: str,
     steps: int,
     targets: tuple[str, ...],
+    tier: str | None,
     kills: int,
     seed: int | None,
     out: Path,
@@ -79,7 +85,8 @@ def demo(
 ) -> None:
     """Train a small GPT, kill it at random instants, and compare it bit for bit with a run left in peace.
 
-    Exits with 0 only if every loss of every rank, and the final state, are those of the undisturbed run.
+    Exits with 0 only if every loss of every rank, and the final state, are those of the undisturbed run, and no preemption cost
+    a step.
     """
     from .driver import Plan, run_demo
 
@@ -95,6 +102,7 @@ def demo(
         seed=secrets.randbelow(2**31) if seed is None else seed,
         out=out,
         timeout_s=timeout_s,
+        tier=tier,
     )
     if plot:
         from .plot import check_plotting
@@ -111,7 +119,8 @@ def demo(
         click.echo(json.dumps(report))
     else:
         _show(plan, outcome, report)
-    context.exit(0 if outcome.verdict.bit_exact and report["kills"] == kills else 1)
+    verdict = outcome.verdict
+    context.exit(0 if verdict.bit_exact and not verdict.broken and report["kills"] == kills else 1)
 
 
 def _report(plan: Plan, outcome: Outcome, wall_s: float) -> dict[str, Any]:
@@ -125,6 +134,7 @@ def _report(plan: Plan, outcome: Outcome, wall_s: float) -> dict[str, Any]:
         "ranks": plan.ranks,
         "protect": plan.protect,
         "strategy": plan.strategy,
+        "tier": outcome.tier,
         "relaunches": outcome.relaunches,
         "skipped_in_last_life": finals[0].get("skipped", {}),
         "wall_s": round(wall_s, 1),
@@ -187,7 +197,7 @@ def _show(plan: Plan, outcome: Outcome, report: dict[str, Any]) -> None:
 
     console = Console()
     table = Table()
-    for heading in ("", "killed", "at step", "restored", "lost", "restore", "re-protect", "to next step"):
+    for heading in ("", "killed", "at step", "restored", "lost", "to exit", "restore", "re-protect", "to next step"):
         table.add_column(heading, justify="right")
     for number, cost in enumerate(outcome.verdict.costs, start=1):
         table.add_row(str(number), *_row(cost))
@@ -203,6 +213,7 @@ def _row(cost: KillCost) -> list[str]:
         str(cost.newest_step),
         _NONE if cost.restored_step is None else str(cost.restored_step),
         str(cost.lost_steps),
+        _NONE if cost.exit_s is None else f"{cost.exit_s:.2f} s",
         _NONE if cost.restore_s is None else f"{cost.restore_s * 1e3:.0f} ms",
         _NONE if cost.reprotect_s is None else f"{cost.reprotect_s * 1e3:.0f} ms",
         _NONE if cost.recovery_s is None else f"{cost.recovery_s:.2f} s",
@@ -216,7 +227,10 @@ def _show_verdict(console: Console, plan: Plan, outcome: Outcome, report: dict[s
     stall = report["stall_ms"]
     if stall["median"] is not None:
         console.print(f"Holdfast's share of a step: median {stall['median']:.3f} ms, longest {stall['max']:.3f} ms")
+    if outcome.tier is not None:
+        console.print(f"Snapshots in {outcome.tier}", highlight=False, soft_wrap=True)
     console.print(f"Records in {plan.out}/" + (f", loss curves in {report['plot']}" if "plot" in report else ""))
+    _show_preemptions(console, verdict)
     compared = f"{verdict.losses_compared} losses ({verdict.repeated_steps} of repeated steps) and the final state"
     if verdict.bit_exact:
         console.print(f"[bold green]Bit-exact:[/] {compared} of every rank equal the undisturbed run.")
@@ -224,3 +238,14 @@ def _show_verdict(console: Console, plan: Plan, outcome: Outcome, report: dict[s
     console.print(f"[bold red]NOT bit-exact:[/] compared {compared}; {len(verdict.differences)} differences:")
     for text in verdict.differences[:_DIFFERENCES_SHOWN]:
         console.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _show_preemptions(console: Console, verdict: Verdict) -> None:
+    count = sum(cost.landed.target is Target.PREEMPT for cost in verdict.costs)
+    if count and not verdict.broken:
+        console.print(
+            f"[bold green]No step lost[/] at {count} preemption{'s' if count > 1 else ''}, with every machine taken away."
+        )
+    for text in verdict.broken:
+        console.print("[bold red]A preemption cost more than it should:[/]", end=" ")
+        console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -3,27 +3,35 @@
     losses-rank0.jsonl   one JSON line per event, appended whole:
                          {"event": "life", "life": 1, "start": 17, "entered_s": 175.1, "split_s": {"import": 1.9, …}}
                          {"event": "step", "life": 1, "step": 18, "loss": "0x1.6p+1", "wall_s": 176.2, "stall_ms": 0.2}
+                         {"event": "stop", "life": 1, "step": 40, "wall_s": 181.9}
     pid-rank0.json       {"pid": 4711, "started_ticks": 162342, "life": 1}; replaced at the start of every life
     final-rank0.json     {"life": 1, "step": 120, "digests": {"parameters": "…", …}, …}; at the end of training
     run.log              what torchrun and the ranks printed
     agent-n2.log         what the agent of a simulated node logged
     store-life1          by which the ranks of simulated nodes meet
 
+Beside the folders of both runs lies ``tier``, to which the attacked run spills if no other place was named.
+
 A *life* is one process of a rank, numbered alike on every rank. ``start`` is the step that the life continues from; the
-loss of step s is that of the s-th optimizer step, 1-based, written after it. ``stall_ms`` is what the calls of the
+loss of step s is that of the s-th optimizer step, 1-based, written after it. ``stop`` is the last line of a life that ended by
+itself after a preemption notice: it has not finished, whatever its exit code. ``stall_ms`` is what the calls of the
 Checkpointer took in the last step that has been accounted for, null where there is none.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
 
 LOG_NAME: Final = "run.log"
+TIER_NAME: Final = "tier"
+_OF_A_TIER: Final = ("entries", "snapshots", "readers", "deleted")
 _OURS: Final = ("losses-rank*.jsonl", "pid-rank*.json", "final-rank*.json", "agent-*.log", "store-life*", LOG_NAME)
 _TAIL_BYTES: Final = 64 << 10
 
@@ -49,20 +57,33 @@ class StepDone:
     stall_ms: float | None = None
 
 
-Event = LifeStarted | StepDone
-_EVENTS: Final[Mapping[str, type[LifeStarted] | type[StepDone]]] = {"life": LifeStarted, "step": StepDone}
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """The Checkpointer said that *step* is to be the last one of this life, as the job is preempted."""
+
+    life: int
+    step: int
+    wall_s: float
+
+
+Event = LifeStarted | StepDone | Stopped
+_EVENTS: Final[Mapping[str, type[Event]]] = {"life": LifeStarted, "step": StepDone, "stop": Stopped}
 _NAMES: Final = {kind: name for name, kind in _EVENTS.items()}
 
 
 @dataclass(slots=True)
 class LifeRecord:
-    """All that one life of one rank wrote; ``steps`` in the order in which they were written."""
+    """All that one life of one rank wrote; ``steps`` in the order in which they were written.
+
+    ``stopped``: the step after which it ended because of a preemption notice, or None.
+    """
 
     life: int
     start: int
     entered_s: float
     split_s: Mapping[str, float]
     steps: list[StepDone] = field(default_factory=list)
+    stopped: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,13 +164,18 @@ def started_ticks(pid: int) -> int | None:
 
 def finish(folder: Path, rank: int, final: Mapping[str, Any]) -> None:
     """Write the final file of *rank*; its presence says that training ended."""
-    _replace(folder / f"final-rank{rank}.json", final)
+    _replace(_final_path(folder, rank), final)
+
+
+def finished(folder: Path, ranks: int) -> bool:
+    """Whether all of *ranks* ranks came to the end of training. Exit codes do not tell: a preempted rank exits with 0 too."""
+    return all(_final_path(folder, rank).exists() for rank in range(ranks))
 
 
 def read_run(folder: Path, ranks: int) -> list[RankRecord]:
     """Everything that the run in *folder* left, by rank."""
     return [
-        RankRecord(rank, _lives(Follower(folder, rank).news()), _read(folder / f"final-rank{rank}.json"))
+        RankRecord(rank, _lives(Follower(folder, rank).news()), _read(_final_path(folder, rank)))
         for rank in range(ranks)
     ]
 
@@ -162,18 +188,32 @@ def clear(folder: Path) -> None:
             path.unlink()
 
 
+def clear_tier(out: Path) -> None:
+    """Remove the tier that an earlier demo made in *out*, and nothing else that may be in that folder."""
+    for name in _OF_A_TIER:
+        shutil.rmtree(out / TIER_NAME / name, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (out / TIER_NAME).rmdir()
+
+
 def _lives(events: Iterator[Event]) -> list[LifeRecord]:
     lives: list[LifeRecord] = []
     for event in events:
         if isinstance(event, LifeStarted):
             lives.append(LifeRecord(event.life, event.start, event.entered_s, event.split_s))
-        else:
+        elif isinstance(event, StepDone):
             lives[-1].steps.append(event)
+        else:
+            lives[-1].stopped = event.step
     return lives
 
 
 def _journal_path(folder: Path, rank: int) -> Path:
     return folder / f"losses-rank{rank}.jsonl"
+
+
+def _final_path(folder: Path, rank: int) -> Path:
+    return folder / f"final-rank{rank}.json"
 
 
 def _replace(path: Path, content: Mapping[str, Any]) -> None:

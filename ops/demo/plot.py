@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from ...errors import ConfigError
 from .journal import RankRecord
+from .schedule import Target
 from .verdict import KillCost, Verdict
 
 if TYPE_CHECKING:
@@ -72,16 +73,20 @@ def _curves(axes: Axes, reference: RankRecord, attacked: RankRecord) -> None:
 
 
 def _kills(axes: Axes, costs: Sequence[KillCost]) -> None:
-    """A line at each kill (dashed unless nodes were lost), and from it an arrow back to the step that training continued from."""
+    """A line at each kill: dashed, but heavy if nodes were lost, and dotted where the job was preempted and ended by itself.
+
+    From it an arrow back to the step that training continued from.
+    """
     left, right = axes.get_xlim()
     upright = axes.get_xaxis_transform()  # x in steps, y in parts of the height
     for number, cost in enumerate(costs, start=1):
         height = 0.93 - 0.07 * ((number - 1) % 5)
         lost = cost.landed.nodes  # a node that is gone for good is marked more heavily than a process
-        axes.axvline(
-            cost.newest_step, color="crimson", linestyle="-" if lost else "--", linewidth=2 if lost else 1, alpha=0.7
-        )
-        text = f"✗ {' and '.join(lost) or cost.landed.target.value}"
+        preempted = cost.landed.target is Target.PREEMPT
+        color = "darkorange" if preempted else "crimson"
+        style = "-" if lost else ":" if preempted else "--"
+        axes.axvline(cost.newest_step, color=color, linestyle=style, linewidth=1 if style == "--" else 2, alpha=0.7)
+        text = f"{'■' if preempted else '✗'} {' and '.join(lost) or cost.landed.target.value}"
         if cost.restored_step is not None:
             text += f", restored {cost.restored_step}"
             axes.annotate(
@@ -90,7 +95,7 @@ def _kills(axes: Axes, costs: Sequence[KillCost]) -> None:
                 xytext=(cost.newest_step, height - 0.02),
                 xycoords=upright,
                 textcoords=upright,
-                arrowprops={"arrowstyle": "->", "color": "crimson", "connectionstyle": "arc3,rad=-0.4"},
+                arrowprops={"arrowstyle": "->", "color": color, "connectionstyle": "arc3,rad=-0.4"},
             )
         axes.annotate(
             text,
@@ -99,7 +104,7 @@ def _kills(axes: Axes, costs: Sequence[KillCost]) -> None:
             xytext=(4, 0) if cost.newest_step < (left + right) / 2 else (-4, 0),
             textcoords="offset points",
             horizontalalignment="left" if cost.newest_step < (left + right) / 2 else "right",
-            color="crimson",
+            color=color,
             fontsize=8,
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )

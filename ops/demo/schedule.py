@@ -13,10 +13,14 @@ from ...errors import ConfigError
 STEPS_PER_KILL: Final = 4
 """Fewest steps for each kill: room to reach its step, to make progress, and not to end before the last."""
 
+STEPS_TO_STOP: Final = 16
+"""Fewest steps after the last kill if it may be a preemption notice: all ranks have to hear of it, and to find a free slot."""
+
 
 class Target(Enum):
     """What a kill hits: ``trainer`` the process of every rank, ``rank`` that of one, ``agent`` one agent, ``all`` every
-    trainer and agent; ``node`` a node: its trainers, its agent, and its memory.
+    trainer and agent; ``node`` a node: its trainers, its agent, and its memory. ``preempt`` kills nothing at once: one rank gets
+    a preemption notice, and once the job has ended by itself, all its machines are taken away with their memory.
     """
 
     TRAINER = "trainer"
@@ -24,10 +28,11 @@ class Target(Enum):
     AGENT = "agent"
     ALL = "all"
     NODE = "node"
+    PREEMPT = "preempt"
 
     @property
     def ends_life(self) -> bool:
-        """Whether training processes die, so that the job has to restart."""
+        """Whether training processes end, so that the job has to start again."""
         return self is not Target.AGENT
 
 
@@ -57,8 +62,8 @@ class Aim:
 class Planned:
     """A kill to come: once *step* is reached, wait *fraction* of a step's time, then hit *target*.
 
-    ``rank`` is the one that a kill of a single rank hits, ``nodes`` are those that a kill of nodes takes, and whose agent one
-    of an agent hits.
+    ``rank`` is the one that a kill of a single rank hits, or that gets the notice of a preemption; ``nodes`` are those that a
+    kill of nodes takes, and whose agent one of an agent hits.
     """
 
     target: Target
@@ -89,7 +94,8 @@ class Progress:
 class Landed:
     """A kill that happened, in *life*, after *step* had been seen, *wall_s* seconds after the epoch.
 
-    ``nodes`` names those that were lost with their memory.
+    ``nodes`` names those that were lost with their memory. ``exit_s``: how long after the notice of a preemption the last rank
+    had ended.
     """
 
     target: Target
@@ -98,6 +104,7 @@ class Landed:
     wall_s: float
     victims: Sequence[str]
     nodes: Sequence[str] = ()
+    exit_s: float | None = None
 
     @property
     def aim(self) -> Aim:
@@ -118,15 +125,18 @@ def plan_kills(
     """
     if kills and not targets:
         raise ConfigError(f"{kills} kills, and nothing to kill: name a target")
-    if steps < STEPS_PER_KILL * (kills + 1):
-        raise ConfigError(f"{kills} kills need at least {STEPS_PER_KILL * (kills + 1)} steps, {steps} were asked for")
+    # The end stays free: a kill that falls due there could come too late.
+    spared = STEPS_TO_STOP if kills and any(aim.target is Target.PREEMPT for aim in targets) else STEPS_PER_KILL
+    if steps < STEPS_PER_KILL * kills + spared:
+        raise ConfigError(
+            f"{kills} kills need at least {STEPS_PER_KILL * kills + spared} steps, {steps} were asked for"
+        )
     if (most := max((aim.count for aim in targets), default=0)) > nodes:
         raise ConfigError(f"{most} nodes cannot be killed, as there are {nodes}")
     dice = random.Random(seed)  # noqa: S311  # a repeatable choice, not a secret
     turns = [targets[index % len(targets)] for index in range(kills)]
     dice.shuffle(turns)
-    # The end stays free: a kill that falls due there could come too late.
-    room = steps - STEPS_PER_KILL
+    room = steps - spared
     return [
         Planned(
             target=aim.target,

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -28,21 +28,26 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from .journal import Journal, LifeStarted, StepDone, finish
+from .journal import Journal, LifeStarted, StepDone, Stopped, finish
 from .model import GPT, Shape
 from .stopwatch import Stopwatch
 from .text import TextLoader, read_corpus
+
+if TYPE_CHECKING:
+    from ...hooks.checkpointer import Checkpointer
 
 BATCH: Final = 16
 LEARNING_RATE: Final = 3e-3
 COLLECTIVE_TIMEOUT: Final = datetime.timedelta(seconds=60)
 _MOST_MASKED: Final = 4
+_SPILLS: Final = 10  # of a run, besides those that a preemption asks for
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
     """What one process has to train. ``strategy`` is ddp or fsdp2; ``protect`` puts a Checkpointer into the loop.
 
+    ``tier`` is where that spills to, ``grace_s`` the time that it has after a preemption notice; without, it listens to none.
     ``store`` is where the ranks find each other: host and port of torchrun's key-value store, or a file of this life.
     """
 
@@ -51,6 +56,8 @@ class Task:
     strategy: str
     seed: int
     protect: str | None
+    tier: str | None
+    grace_s: float | None
     rank: int
     world: int
     life: int
@@ -68,7 +75,11 @@ class Training:
 
 
 def train(task: Task, watch: Stopwatch) -> None:
-    """Train *task* to its end, from wherever the newest snapshot stands; leave a journal and a final file."""
+    """Train *task* to its end, from wherever the newest snapshot stands; leave a journal and a final file.
+
+    If the job is preempted, return after the step that the Checkpointer says: the journal ends with ``Stopped``, and there is
+    no final file.
+    """
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
     with _process_group(task), contextlib.ExitStack() as stack:
@@ -76,12 +87,7 @@ def train(task: Task, watch: Stopwatch) -> None:
         watch.lap("setup")
         ckpt, start = None, 0
         if task.protect:
-            # Not at the top: the reference run must not even import what it is there to check.
-            from ...hooks.checkpointer import Checkpointer
-
-            extras = {"scheduler": training.scheduler, "loader": training.loader}
-            ckpt = Checkpointer(training.model, training.optimizer, extras, every=1, protect=task.protect)
-            stack.enter_context(ckpt)
+            ckpt = stack.enter_context(_checkpointer(task, training))
             watch.lap("attach")
             start = ckpt.restore() or 0
             watch.lap("restore")
@@ -94,12 +100,36 @@ def train(task: Task, watch: Stopwatch) -> None:
             stall_ms = round(ckpt.stats().stall_s[-1] * 1e3, 4) if ckpt and ckpt.stats().stall_s else None
             # Before the snapshot: no snapshot holds a step that the journal does not.
             journal.write(StepDone(task.life, step, loss.hex(), time.time(), stall_ms))
-            if ckpt:
-                ckpt.step(step)
+            if ckpt and _was_last(ckpt, step) and step < task.steps:
+                journal.write(Stopped(task.life, step, time.time()))
+                return
         final: dict[str, Any] = {"life": task.life, "step": task.steps, "digests": _digests(training)}
         if ckpt:
             final |= {"taken": ckpt.stats().taken, "skipped": dict(ckpt.stats().skipped)}
         finish(task.out, task.rank, final)
+
+
+def _checkpointer(task: Task, training: Training) -> Checkpointer:
+    # Not at the top: the reference run must not even import what it is there to check.
+    from ...hooks.checkpointer import Checkpointer
+    from ...storage.tiers import Tier
+
+    return Checkpointer(
+        training.model,
+        training.optimizer,
+        {"scheduler": training.scheduler, "loader": training.loader},
+        every=1,
+        slots=3 if task.tier else 2,  # with a third one, snapshots go on while one is spilled
+        protect=task.protect,
+        tiers=[Tier(task.tier, every=max(1, task.steps // _SPILLS))] if task.tier else [],
+        grace=task.grace_s,
+    )
+
+
+def _was_last(ckpt: Checkpointer, step: int) -> bool:
+    """Take the snapshot of *step*; whether the job has to end here."""
+    ckpt.step(step)
+    return ckpt.should_stop
 
 
 @contextlib.contextmanager

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from .journal import RankRecord
-from .schedule import Landed
+from .schedule import Landed, Target
 
 DIFFERENCES_SHOWN: Final = 20
 """How many differences a summary spells out. One wrong bit makes all later losses wrong; the first ones tell most."""
@@ -22,6 +22,7 @@ class KillCost:
         newest_step: the newest that any rank had logged when the kill landed.
         restored_step: the one that training continued from; None if no process had to start again.
         lost_steps: the difference of the two.
+        exit_s: from a preemption notice to the end of the last rank; None if it was none.
         restore_s: the slowest rank's restore in the life after the kill; None likewise.
         reprotect_s: how long protecting the restored snapshot again took then; None also where nobody could.
         recovery_s: from the kill to the first step after it; None likewise.
@@ -40,6 +41,10 @@ class KillCost:
     def lost_steps(self) -> int:
         return 0 if self.restored_step is None else self.newest_step - self.restored_step
 
+    @property
+    def exit_s(self) -> float | None:
+        return self.landed.exit_s
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -48,6 +53,7 @@ class Verdict:
     Attributes:
         lives: how often the attacked job's processes were started, the first time included.
         repeated_steps: losses compared more than once, as their step was trained again after a kill.
+        broken: preemptions that did not go as promised, with no step lost, in words.
         stalls_ms: the training thread's time in Holdfast's calls, one number per step and rank.
     """
 
@@ -57,6 +63,7 @@ class Verdict:
     lives: int
     costs: Sequence[KillCost]
     stalls_ms: Sequence[float]
+    broken: Sequence[str] = ()
 
     @property
     def bit_exact(self) -> bool:
@@ -71,6 +78,8 @@ class Verdict:
             "killed": [str(cost.landed.aim) for cost in self.costs],
             "lost_nodes": [list(cost.landed.nodes) for cost in self.costs],
             "lost_steps": [cost.lost_steps for cost in self.costs],
+            "preempted": [_preempted(cost) for cost in self.costs if cost.landed.target is Target.PREEMPT],
+            "broken_preemptions": list(self.broken),
             "restore_s": [cost.restore_s for cost in self.costs if cost.restore_s is not None],
             "reprotect_s": [cost.reprotect_s for cost in self.costs if cost.reprotect_s is not None],
             "recovery_s": [cost.recovery_s for cost in self.costs if cost.recovery_s is not None],
@@ -88,12 +97,18 @@ class Verdict:
 
 
 def judge(
-    reference: Sequence[RankRecord], attacked: Sequence[RankRecord], landed: Sequence[Landed], *, steps: int
+    reference: Sequence[RankRecord],
+    attacked: Sequence[RankRecord],
+    landed: Sequence[Landed],
+    *,
+    steps: int,
+    moved: Collection[int] = (),
 ) -> Verdict:
     """Compare every loss of every life of *attacked*, and its final state, with *reference*.
 
     Every rank is compared with the same rank of the reference. Missing steps, steps out of order, ranks that restored
-    different steps and runs that did not end are differences like a wrong bit.
+    different steps and runs that did not end are differences like a wrong bit. *moved* are the lives after which the job had
+    nothing left but the tier.
     """
     differences = [f"reference: {text}" for record in reference for text in _gaps(record, steps)]
     differences += [text for record in attacked for text in _gaps(record, steps)]
@@ -110,18 +125,22 @@ def judge(
         repeated += len(seen) - len(set(seen))
     if not compared:
         differences.append("there was no loss to compare")
+    costs = [_cost(kill, attacked) for kill in landed]
     return Verdict(
         differences=differences,
         losses_compared=compared,
         repeated_steps=repeated,
         lives=len({life.life for record in attacked for life in record.lives}),
-        costs=[_cost(kill, attacked) for kill in landed],
+        costs=costs,
         stalls_ms=[
             done.stall_ms
             for record in attacked
             for life in record.lives
             for done in life.steps
             if done.stall_ms is not None
+        ],
+        broken=[
+            text for cost in costs if cost.landed.target is Target.PREEMPT for text in _broken(cost, attacked, moved)
         ],
     )
 
@@ -171,6 +190,34 @@ def _wrong_final(expected: RankRecord, found: RankRecord) -> Iterator[str]:
     for part in sorted(wanted.keys() | had.keys()):
         if wanted.get(part) != had.get(part):
             yield f"rank {found.rank}: final {part} differ from those of the reference"
+
+
+def _broken(cost: KillCost, attacked: Sequence[RankRecord], moved: Collection[int]) -> Iterator[str]:
+    """How the job failed to end as a preempted one should: on every rank after one and the same step, and to go on from there."""
+    notice = f"notice to {cost.landed.victims[0]} at step {cost.landed.step}"
+    stopped = {
+        record.rank: life.stopped for record in attacked for life in record.lives if life.life == cost.landed.life
+    }
+    if cost.landed.life not in moved:
+        yield f"{notice}: the job did not end because of it"
+    elif set(stopped.values()) != {cost.newest_step}:
+        yield f"{notice}: ranks stopped after different steps: {stopped}"
+    elif cost.restored_step is None:
+        yield f"{notice}: stopped after step {cost.newest_step}, and did not go on"
+    elif cost.lost_steps:
+        yield f"{notice}: stopped after step {cost.newest_step}, and went on from step {cost.restored_step}"
+
+
+def _preempted(cost: KillCost) -> dict[str, Any]:
+    """What one preemption came to, ready for JSON."""
+    return {
+        "notice_to": cost.landed.victims[0],
+        "notice_at_step": cost.landed.step,
+        "stopped_at_step": cost.newest_step,
+        "restored_step": cost.restored_step,
+        "lost_steps": cost.lost_steps,
+        "exit_s": cost.exit_s,
+    }
 
 
 def _cost(kill: Landed, attacked: Sequence[RankRecord]) -> KillCost:

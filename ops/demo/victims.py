@@ -56,7 +56,10 @@ class Job:
 
     @contextlib.contextmanager
     def victims(self, planned: Planned, life: int) -> Iterator[Sequence[Victim] | None]:
-        """All that *planned* has to hit in *life*, or None while not every one of them is alive."""
+        """All that *planned* has to hit in *life*, or None while not every one of them is alive.
+
+        For a preemption that is every rank, by number: one gets the notice, and all have to end.
+        """
         ranks, agents = self._wanted(planned)
         with contextlib.ExitStack() as stack:
             found = [stack.enter_context(self._rank(rank, life)) for rank in ranks]
@@ -68,7 +71,7 @@ class Job:
         """The ranks, and the nodes whose agents, *planned* has to hit."""
         chosen = [self._nodes[index] for index in planned.nodes]
         match planned.target:
-            case Target.TRAINER:
+            case Target.TRAINER | Target.PREEMPT:
                 return self._ranks_of(self._nodes), ()
             case Target.RANK:
                 return [planned.rank], ()
@@ -94,16 +97,22 @@ class Job:
     def dismiss_agents(self) -> None:
         """End the agents, kindly first, and remove the job's shared memory. The ranks must have ended."""
         for node in self._nodes:
-            self._dismiss(node)
+            self._dismiss(node, kindly=True)
 
-    def _dismiss(self, node: Node) -> None:
+    def take_machines(self) -> None:
+        """SIGKILL every agent and delete the memory of every node, as if the machines were gone. The ranks must have ended."""
+        for node in self._nodes:
+            self._dismiss(node, kindly=False)
+            node.lost = True
+
+    def _dismiss(self, node: Node, *, kindly: bool) -> None:
         # Not by agent.pid alone: a rank may have died while it was starting an agent, which has yet to write it.
         deadline = time.monotonic() + DISMISSAL_S
         while pids := [pid for pid in _every_pid() if _is_agent(pid, node)]:
             for pid in pids:
                 with _held("agent", pid) as victim:
                     if victim:
-                        _end(victim)
+                        _end(victim, kindly=kindly)
             if time.monotonic() > deadline:
                 raise DeadlinePassed(f"waited {DISMISSAL_S:g} s for the agent of {node.shm} to end (pids {pids})")
         shutil.rmtree(node.shm, ignore_errors=True)
@@ -134,11 +143,13 @@ def _is_agent(pid: int, node: Node) -> bool:
     return b"agent" in arguments and os.fsencode(node.shm) in arguments
 
 
-def _end(victim: Victim) -> None:
-    victim.send(signal.SIGTERM)
-    if not victim.ended(EXIT_S):
-        victim.send(signal.SIGKILL)
-        victim.ended(EXIT_S)
+def _end(victim: Victim, *, kindly: bool) -> None:
+    if kindly:
+        victim.send(signal.SIGTERM)
+        if victim.ended(EXIT_S):
+            return
+    victim.send(signal.SIGKILL)
+    victim.ended(EXIT_S)
 
 
 def _every_pid() -> list[int]:
