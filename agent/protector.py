@@ -549,6 +549,9 @@ class Protector:
                 return before[1]
             rebuilder = Rebuilder(self._name, self._arenas, self._peers, self._open, self._combine, self._load)
             done = await rebuilder.run(request)
+            here = self._arenas.image(request.rank, what[0])
+            record = here.sealed_record() if here is not None else None
+            done.checks_crc = record.checks_crc if record is not None else 0
             self._materialised[what] = said, done  # whoever asks otherwise next has found that something is damaged
             self._status.damaged += rebuilder.repaired
             _log.info("%s of rank %d: %s", what[0], request.rank, done.how)

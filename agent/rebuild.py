@@ -145,7 +145,8 @@ class Rebuilder:
         there = await self._peers.bring(mine[0].address, ask)
         source = wire.Source(rank=request.rank, agent=agent, address=mine[0].address, checks_crc=there.checks_crc)
         fetched = await self._fetch(id, source)
-        return wire.MaterialiseReply(path=fetched.path, how=f"{there.how} by agent {agent}, and fetched from there")
+        fetched.how = f"{there.how} by agent {agent}, and fetched from there"
+        return fetched
 
     # -- fetching ----------------------------------------------------------------------------------------------------
 

@@ -258,6 +258,8 @@ class Spiller:
             try:
                 return await self._once(job, tier, source)
             except HoldfastError as error:
+                if isinstance(error, TierFull):
+                    await self._give_back(job, tier, error)
                 left_s = deadline_s - time.monotonic()
                 if error.remedy is not Remedy.RETRY or isinstance(error, SnapshotSkipped) or left_s < pause_s:
                     raise
@@ -354,6 +356,15 @@ class Spiller:
     def _has_first(self) -> bool:
         """Whether rank 0 is of this node."""
         return any(rank == 0 for rank, _ in self._jobs)
+
+    async def _give_back(self, job: _Job, tier: _Tier, full: TierFull) -> None:
+        """What was written of a snapshot that does not fit is removed: without this image it will never be whole."""
+        from ..storage.prune import Pruner
+
+        try:
+            await Pruner(tier.opened(), tier.settings, self._job).discard(job.id, str(full))
+        except HoldfastError as error:
+            _log.warning("%s: what was written of %s stays for now: %s", tier.settings.url, job.id, error)
 
     async def _make_room(self, job: _Job, tier: _Tier, image_bytes: int) -> None:
         """Raise ``TierFull`` if the image does not fit, not even when older snapshots go."""

@@ -17,9 +17,10 @@ from ..agent import wire_pb2 as wire
 from ..agent.client import wire_id
 from ..agent.inventory import held_images, held_parities, in_tiers, parity_source
 from ..crashpoints import reach
-from ..errors import Corrupt, LayoutMismatch, PeerFailed, RestoreDiverged, SnapshotLost, TierUnreachable
+from ..errors import Corrupt, HoldfastError, LayoutMismatch, PeerFailed, RestoreDiverged, SnapshotLost, TierUnreachable
 from ..snapshot.arena import Slot
 from ..snapshot.assembly import Read, assemble
+from ..snapshot.beat import NONE
 from ..snapshot.codec import decode
 from ..snapshot.live import SourceImage, apply
 from ..snapshot.record import SnapshotId
@@ -254,10 +255,38 @@ class Restorer:
             _log.log(logging.WARNING if decision.loss else logging.INFO, "%s", decision.explain())
             reach("restore.planned")
             self._unread = frozenset(struck.unread)
-            bad = self._attempt(decision, replace(found, images=tuple(struck.left(found.images))))
+            left = replace(found, images=tuple(struck.left(found.images)))
+            bad = self._attempt(decision, self._read_once(decision, left))
             if not bad:
                 return decision.chosen
             struck.strike(decision, found, bad)
+
+    def _read_once(self, decision: Plan, found: Found) -> Found:
+        """*found*, with the images that come from tiers in the memory of their own ranks' nodes, as far as that goes. Collective.
+
+        Replicas need each other's images. A tier may be slow and far away, so each image is read there once; the other nodes
+        fetch it from the one that has it then.
+        """
+        rank, id = self._ranks.rank, decision.chosen
+        if self._ranks.world == 1 or self._bring is None or not any(isinstance(s, Persisted) for s in decision.sources):
+            return found
+        assert id is not None
+        mine: list[dict[str, Any]] = []
+        if isinstance(decision.sources[rank], Persisted):
+            try:
+                reply = self._bring(self._request(id, rank, found), self._timeout_s)
+            except HoldfastError as error:  # ``_prepare`` will meet it again, and judge
+                _log.warning("%s of rank %d: %s", id, rank, error)
+            else:
+                _log.info("%s of rank %d: %s", id, rank, reply.how)
+                mine = [{"rank": rank, "agent": self._agent, "path": reply.path, "checks_crc": reply.checks_crc}]
+        gathered = self._ranks.gather(json.dumps(mine).encode(), "reading tiers", self._timeout_s)
+        brought = [
+            Held(id=id, world=self._ranks.world, watermark=NONE, image_bytes=0, **entry)
+            for part in gathered
+            for entry in json.loads(part)
+        ]
+        return replace(found, images=(*found.images, *brought))
 
     def _nothing_left(self, decision: Plan, found: Found, struck: _Struck) -> None:
         """Raise unless it is certain that no snapshot ever was complete: starting afresh must not be an accident."""
@@ -356,7 +385,13 @@ class Restorer:
         """Where the image lies on this node, now that its agent has brought it. Raises ``SnapshotLost``."""
         if self._bring is None:
             raise SnapshotLost(f"the image of {id} of rank {rank} is not on this node")
-        request = wire.MaterialiseRequest(
+        reply = self._bring(self._request(id, rank, found), self._timeout_s)
+        _log.info("%s of rank %d: %s", id, rank, reply.how)
+        return reply.path
+
+    def _request(self, id: SnapshotId, rank: int, found: Found) -> wire.MaterialiseRequest:
+        """What the agent must know to bring an image here: everybody who has it, or can compute it."""
+        return wire.MaterialiseRequest(
             id=wire_id(id),
             rank=rank,
             world=self._ranks.world,
@@ -372,9 +407,6 @@ class Restorer:
                 if part.id == id and part.holds(rank) and (id, rank, part.tier) not in self._unread
             ],
         )
-        reply = self._bring(request, self._timeout_s)
-        _log.info("%s of rank %d: %s", id, rank, reply.how)
-        return reply.path
 
     def _apply(self, prepared: _Prepared, damage: dict[int, str]) -> None:
         for rank, image in prepared.images.items():

@@ -26,7 +26,7 @@ from holdfast.agent.peers import Peers
 from holdfast.agent.protector import Protector
 from holdfast.agent.protocol import Flight
 from holdfast.agent.settings import NodeSettings
-from holdfast.errors import AgentUnreachable, HoldfastError
+from holdfast.errors import AgentUnreachable, HoldfastError, SnapshotUnknown
 from holdfast.snapshot.arena import Slot
 from holdfast.snapshot.beat import NONE
 from holdfast.snapshot.record import SnapshotId, new_nonce, table_bytes_for
@@ -117,6 +117,11 @@ class Member:
         return found
 
 
+async def no_tiers(id: SnapshotId, rank: int, world: int, tiers: Sequence[int]) -> wire.MaterialiseReply:
+    """What there is to load for an agent that was told of no tier."""
+    raise SnapshotUnknown(f"no tier has {id} of rank {rank} of {world}: none of {list(tiers)} is known here")
+
+
 class Group:
     """Members by name. An asynchronous context manager: leaves no thread and no file.
 
@@ -148,7 +153,8 @@ class Group:
         arenas = Arenas(NodeSettings(JOB, folder, folder / "agent.sock", True), name, self._limit_bytes, plenty)
         address = f"127.0.0.1:{len(self.members) + 1}"
         member = Member(name, address, arenas, BulkServer("127.0.0.1", 0, None), folder)
-        member.protector = Protector(name, JOB, arenas, member.bulk, Wires(self, name), None, member.told.append)
+        wires, told = Wires(self, name), member.told.append
+        member.protector = Protector(name, JOB, arenas, member.bulk, wires, None, told, no_tiers)
         self.members[name] = member
         self._clocks[name] = asyncio.create_task(member.protector.keep_time())
         return member
