@@ -449,15 +449,17 @@ def _mesh_chunk(tensor: DTensor) -> tuple[int, ...] | None:
         return None
     parts: list[list[int]] = [[] for _ in tensor.shape]
     strided = set[int]()
-    for placement, size in zip(tensor.placements, mesh.shape, strict=True):
+    for placement, size in reversed(list(zip(tensor.placements, mesh.shape, strict=True))):
         if placement.is_replicate() or size == 1:
             continue
         dimension = getattr(placement, "dim", None)
         if dimension is None:
             return None
-        parts[dimension].append(size)
-        if type(placement) is not Shard:  # FSDP on top of tensor parallelism: cut in the other order
+        if type(placement) is not Shard:  # FSDP on top of tensor parallelism: what comes after it is cut before it
+            if getattr(placement, "split_factor", None) != math.prod(parts[dimension]):
+                return None
             strided.add(dimension)
+        parts[dimension].append(size)
     grid: list[int] = []
     for dimension, (length, counts) in enumerate(zip(tensor.shape, parts, strict=True)):
         # One cut is that of torch.chunk, whose last parts may be shorter or empty; several make a grid if they are even.

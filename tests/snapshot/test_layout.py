@@ -116,7 +116,8 @@ def test_numbers_are_natural(entry: str, value: Any) -> None:
     "changes",
     [
         {"name": 3}, {"name": None}, {"dtype": "float31"}, {"dtype": ["uint8"]}, {"dtype": {}}, {"dtype": None},
-        {"device": 0}, {"chunk": 1}, {"chunk": -1}, {"chunk": None}, {"group": 1}, {"group": -1}, {"group": True}, {"group": None}, {"offset": 1}, {"offset": -64},
+        {"device": 0}, {"chunk": 1}, {"chunk": -1}, {"chunk": None}, {"group": 1},
+        {"group": -1}, {"group": True}, {"group": None}, {"offset": 1}, {"offset": -64},
         {"offset": 0.0}, {"shape": 12}, {"shape": None}, {"shape": [-12]}, {"shape": [12, 1]}, {"start": []},
         {"start": [1]}, {"start": [2**63]}, {"start": [-1]}, {"extent": [13]}, {"extent": [[12]]}, {"extent": "12"},
         {"surplus": 0},

@@ -6,6 +6,7 @@ process. What a run needs in addition (fences, beats, layouts that change) is in
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import shutil
@@ -13,6 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -31,11 +33,13 @@ from holdfast.snapshot.codec import encode
 from holdfast.snapshot.layout import Layout
 from holdfast.snapshot.partition import share
 from holdfast.snapshot.record import SnapshotId, new_nonce
-from holdfast.snapshot.state import TrainingState, to_leaf
+from holdfast.snapshot.state import TrainingState, _mesh_chunk, _plain_chunk, to_leaf
 from holdfast.tests.hooks.nodes import bits, bits_of_models, bits_of_optimizers
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 RUN = uuid.uuid4().hex
@@ -861,3 +865,52 @@ def test_memory_is_predicted_for_an_optimizer_that_cannot_be_twinned() -> None:
     model = _mlp()
     state = TrainingState({"": model}, {"": Odd(list(model.parameters()))}, {})
     assert state.predicted_bytes() > sum(p.nbytes for p in model.parameters())
+
+
+def test_a_job_of_one_rank_has_all_its_tensors_on_grids() -> None:
+    """Each is one box; a scalar is one without dimensions, and sizes of 0 count as 1."""
+    model = nn.BatchNorm1d(3)
+    model.register_buffer("nothing", torch.empty(0, 2))
+    found = {item.slice.name: item.slice.chunk for item in TrainingState({"": model}, {}, {}).survey().items}
+    assert found == {
+        "model.weight": (3,), "model.bias": (3,), "model.running_mean": (3,), "model.running_var": (3,),
+        "model.num_batches_tracked": (), "model.nothing": (1, 2),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("mesh", "placements", "shape", "expected"),
+    [
+        ((4,), [Shard(0)], (10, 3), (3, 3)), ((4,), [Shard(1)], (10, 3), (10, 1)), ((4,), [Replicate()], (10, 3), (10, 3)),
+        ((4,), [Shard(0)], (2, 3), (1, 3)), ((4,), [Shard(0)], (0, 3), (1, 3)),
+        ((2, 2), [Replicate(), Shard(0)], (7,), (4,)), ((2, 2), [Shard(0), Shard(1)], (5, 7), (3, 4)),
+        ((2, 2), [Shard(0), Shard(0)], (8,), (2,)), ((2, 2), [Shard(0), Shard(0)], (7,), None),
+        ((2, 2), [Shard(0), Shard(0)], (6,), None), ((1, 4), [Shard(0), Shard(0)], (7,), (2,)),
+        ((2, 2), [_StridedShard(0, split_factor=2), Shard(0)], (8, 3), (2, 3)),
+        ((2, 2), [_StridedShard(0, split_factor=2), Shard(0)], (6, 3), None),
+        ((2, 2), [_StridedShard(0, split_factor=2), Shard(1)], (8, 4), None),
+        ((2,), [Shard(0)], (8,), None),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_grid_of_a_dtensor(
+    monkeypatch: pytest.MonkeyPatch,
+    mesh: tuple[int, ...],
+    placements: list[Any],
+    shape: tuple[int, ...],
+    expected: tuple[int, ...] | None,
+) -> None:
+    """In a world of four ranks; the last mesh has only two of them."""
+    monkeypatch.setattr("holdfast.snapshot.state._world", lambda: 4)
+    ranks = SimpleNamespace(mesh=torch.arange(math.prod(mesh)).reshape(mesh), shape=mesh)
+    tensor: Any = SimpleNamespace(device_mesh=ranks, placements=placements, shape=shape)
+    assert _mesh_chunk(tensor) == expected
+
+
+@pytest.mark.parametrize(("replicas", "expected"), [((), None), ((0, 1), None), ((0, 1, 2, 3), (3, 2))])
+def test_the_grid_of_a_plain_tensor(
+    monkeypatch: pytest.MonkeyPatch, replicas: tuple[int, ...], expected: tuple[int, ...] | None
+) -> None:
+    """Replicated over all four ranks, or not on any grid: two groups may hold different tensors of one name."""
+    monkeypatch.setattr("holdfast.snapshot.state._world", lambda: 4)
+    assert _plain_chunk((3, 2), replicas) == expected
