@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -22,10 +23,9 @@ class Seen:
 
     @property
     def complete(self) -> bool:
-        """Whether there is an entry of every rank of one world. A tombstone is not looked at."""
-        parts = [part for found in self.entries if (part := parse_entry(found.key)) is not None]
-        worlds = {world for _, _, world in parts}
-        return len(worlds) == 1 and {rank for _, rank, _ in parts} == set(range(worlds.pop()))
+        """Whether there is an entry of every rank of a world, as ``reader`` sees it. A tombstone is not looked at."""
+        worlds = Counter(part[2] for found in self.entries if (part := parse_entry(found.key)) is not None)
+        return any(count == world for world, count in worlds.items())
 
     @property
     def gone(self) -> bool:
