@@ -28,7 +28,7 @@ _KILLED: Final = {
     Target.AGENT: "{victim}",
     Target.ALL: "ranks and agents",
     Target.NODE: "{nodes}",
-    Target.PREEMPT: "notice to {victim}",
+    Target.PREEMPT: "preempt {victim}",
 }
 _DIFFERENCES_SHOWN: Final = 5
 _NONE: Final = "-"
@@ -197,23 +197,37 @@ def _show(plan: Plan, outcome: Outcome, report: dict[str, Any]) -> None:
 
     console = Console()
     table = Table()
-    for heading in ("", "killed", "at step", "restored", "lost", "to exit", "restore", "re-protect", "to next step"):
+    preempted = any(cost.exit_s is not None for cost in outcome.verdict.costs)
+    exit_heading = ("to exit",) if preempted else ()  # eighty columns are soon full
+    for heading in (
+        "",
+        "killed",
+        "at step",
+        "restored",
+        "lost",
+        *exit_heading,
+        "restore",
+        "re-protect",
+        "to next step",
+    ):
         table.add_column(heading, justify="right")
     for number, cost in enumerate(outcome.verdict.costs, start=1):
-        table.add_row(str(number), *_row(cost))
+        table.add_row(str(number), *_row(cost, preempted=preempted))
     if outcome.landed:
         console.print(table)
     _show_verdict(console, plan, outcome, report)
 
 
-def _row(cost: KillCost) -> list[str]:
+def _row(cost: KillCost, *, preempted: bool) -> list[str]:
+    """*preempted*: whether there is a column for the time from a notice to the exit."""
     landed = cost.landed
+    exit_s = [_NONE if cost.exit_s is None else f"{cost.exit_s:.2f} s"] if preempted else []
     return [
         _KILLED[landed.target].format(victim=landed.victims[0], nodes=", ".join(landed.nodes)),
         str(cost.newest_step),
         _NONE if cost.restored_step is None else str(cost.restored_step),
         str(cost.lost_steps),
-        _NONE if cost.exit_s is None else f"{cost.exit_s:.2f} s",
+        *exit_s,
         _NONE if cost.restore_s is None else f"{cost.restore_s * 1e3:.0f} ms",
         _NONE if cost.reprotect_s is None else f"{cost.reprotect_s * 1e3:.0f} ms",
         _NONE if cost.recovery_s is None else f"{cost.recovery_s:.2f} s",

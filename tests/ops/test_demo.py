@@ -75,9 +75,26 @@ def test_a_node_lost_with_its_memory_leaves_the_run_bit_exact(tmp_path: Path) ->
     assert (tmp_path / "attacked" / f"agent-{lost}.1.log").exists(), "another agent took its place"
 
 
+def test_a_preempted_job_goes_on_from_its_tier_without_losing_a_step(tmp_path: Path) -> None:
+    code, report = run_demo(tmp_path, "--steps", "24", "--kill", "preempt", "--kills", "1", "--no-plot")
+    assert (report["differences"], report["broken_preemptions"]) == ([], [])
+    assert (report["bit_exact"], code) == (True, 0)
+    (preempted,) = report["preempted"]
+    assert preempted["notice_to"] in ("rank 0", "rank 1")
+    assert preempted["notice_at_step"] <= preempted["stopped_at_step"] == preempted["restored_step"] < 24
+    assert (preempted["lost_steps"], preempted["exit_s"] > 0) == (0, True)
+    assert (report["lives"], report["relaunches"], report["repeated_steps"]) == (2, 0, 0)
+    assert report["losses_compared"] == 2 * 24
+    assert report["tier"] == (tmp_path / "tier").as_uri()
+    assert (tmp_path / "tier" / "entries").is_dir()
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
+        (["--kill", "preempt", "--kills", "1", "--steps", "19"], "1 kills need at least 20 steps"),
+        (["--tier", "memory://here"], "would be gone with the agents"),
+        (["--tier", "ftp://host/x"], "tier ftp://"),
         (["--kill", "node"], "no node of a group may be lost"),
         (["--nodes", "3", "--kill", "node,node"], "1 node of a group may be lost"),
         (["--nodes", "6", "--protect", "off", "--kill", "node"], "no node of a group may be lost"),

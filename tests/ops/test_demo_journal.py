@@ -18,10 +18,13 @@ from holdfast.ops.demo.journal import (
     Journal,
     LifeStarted,
     StepDone,
+    Stopped,
     announce,
     announced,
     clear,
+    clear_tier,
     finish,
+    finished,
     read_run,
     started_ticks,
 )
@@ -33,6 +36,7 @@ EVENTS: list[Event] = [
     LifeStarted(0, 0, 1.5, {"import": 0.5}),
     StepDone(0, 1, (0.1).hex(), 2.0),
     StepDone(0, 2, (0.2).hex(), 3.0, 0.25),
+    Stopped(0, 2, 3.5),
 ]
 
 
@@ -47,7 +51,7 @@ def test_events_come_back_as_written_and_each_once(tmp_path: Path) -> None:
     assert list(follower.news()) == []
     write(tmp_path, *EVENTS[:2])
     assert list(follower.news()) == EVENTS[:2]
-    write(tmp_path, EVENTS[2])
+    write(tmp_path, *EVENTS[2:])
     assert list(follower.news()) == EVENTS[2:]
     assert list(follower.news()) == []
 
@@ -73,14 +77,27 @@ def test_a_run_is_read_by_rank_and_life_and_cleared(tmp_path: Path) -> None:
     keep = tmp_path / "notes.txt"
     keep.write_text("mine")
     first, second = read_run(tmp_path, 2)
-    assert [(life.life, life.start, [done.step for done in life.steps]) for life in first.lives] == [
-        (0, 0, [1, 2]),
-        (1, 1, [2]),
+    assert [(life.life, life.start, [done.step for done in life.steps], life.stopped) for life in first.lives] == [
+        (0, 0, [1, 2], 2),
+        (1, 1, [2], None),
     ]
     assert first.final == {"step": 2}
     assert (second.lives, second.final) == ([], None)
+    assert (finished(tmp_path, 1), finished(tmp_path, 2)) == (True, False)
     clear(tmp_path)
     assert list(tmp_path.iterdir()) == [keep]
+
+
+def test_of_a_tier_that_an_earlier_demo_made_only_that_is_removed(tmp_path: Path) -> None:
+    clear_tier(tmp_path)
+    for name in ("entries", "snapshots", "deleted", "mine"):
+        (tmp_path / "tier" / name / "one").mkdir(parents=True)
+    clear_tier(tmp_path)
+    assert [path.name for path in (tmp_path / "tier").iterdir()] == ["mine"]
+    (tmp_path / "tier" / "mine" / "one").rmdir()
+    (tmp_path / "tier" / "mine").rmdir()
+    clear_tier(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_process_announces_who_it_is(tmp_path: Path) -> None:
@@ -155,6 +172,7 @@ def test_a_lost_node_takes_its_ranks_and_its_agent_along(tmp_path: Path) -> None
         (Target.TRAINER, ["rank 0", "rank 1"]),
         (Target.AGENT, ["agent"]),
         (Target.ALL, ["rank 0", "rank 1", "agent"]),
+        (Target.PREEMPT, ["rank 0", "rank 1"]),
     ],
 )
 def test_a_kill_hits_all_its_victims_and_nobody_else(tmp_path: Path, target: Target, names: list[str]) -> None:
@@ -201,6 +219,21 @@ def test_an_agent_file_that_points_at_a_stranger_hits_nobody(tmp_path: Path) -> 
         job.dismiss_agents()
         assert stranger.poll() is None
     assert not (tmp_path / "shm").exists()
+
+
+def test_machines_that_are_taken_away_leave_no_agent_and_no_memory(tmp_path: Path) -> None:
+    nodes = [Node(name, tmp_path / name, (rank,)) for rank, name in enumerate(("n0", "n1"))]
+    with contextlib.ExitStack() as stack:
+        agents = [stack.enter_context(sleeper("agent", "--shm", str(node.shm))) for node in nodes]
+        stranger = stack.enter_context(sleeper("agent", "--shm", str(tmp_path / "n2")))
+        for node in nodes:
+            node.shm.mkdir()
+        Job(tmp_path, nodes).take_machines()
+        assert [agent.wait(timeout=10) for agent in agents] == [-signal.SIGKILL] * 2, (
+            "without a chance to save anything"
+        )
+        assert stranger.poll() is None
+    assert [(node.lost, node.shm.exists()) for node in nodes] == [(True, False)] * 2
 
 
 def test_an_agent_is_dismissed_even_if_it_has_yet_to_write_its_pid(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from holdfast.errors import ConfigError
 from holdfast.ops.demo.schedule import (
     STEPS_PER_KILL,
+    STEPS_TO_STOP,
     Aim,
     Landed,
     Planned,
@@ -35,11 +36,12 @@ targets_strategy = st.lists(st.sampled_from(AIMS), min_size=1, max_size=5, uniqu
 def test_a_plan_fits_into_the_run_and_repeats(
     seed: int, kills: int, targets: list[Aim], spare: int, ranks: int, nodes: int
 ) -> None:
-    steps = STEPS_PER_KILL * (kills + 1) + spare
+    spared = STEPS_TO_STOP if kills and Aim(Target.PREEMPT) in targets else STEPS_PER_KILL
+    steps = STEPS_PER_KILL * kills + spared + spare
     plan = plan_kills(seed, kills=kills, targets=targets, steps=steps, ranks=ranks, nodes=nodes)
     assert plan == plan_kills(seed, kills=kills, targets=targets, steps=steps, ranks=ranks, nodes=nodes)
     assert len(plan) == kills
-    assert all(1 <= planned.step <= steps - STEPS_PER_KILL for planned in plan)
+    assert all(1 <= planned.step <= steps - spared for planned in plan)
     assert all(before.step < after.step for before, after in pairwise(plan))
     assert all(0 <= planned.fraction < 1 and 0 <= planned.rank < ranks for planned in plan)
     assert {Aim(planned.target, len(planned.nodes)) for planned in plan} == set(targets[:kills])
@@ -55,6 +57,8 @@ def test_another_seed_plans_otherwise() -> None:
 def test_a_plan_that_cannot_be_carried_out_is_refused() -> None:
     with pytest.raises(ConfigError, match="3 kills need at least 16 steps, 15 were asked for"):
         plan_kills(0, kills=3, targets=[Aim(Target.RANK)], steps=15, ranks=2)
+    with pytest.raises(ConfigError, match="1 kills need at least 20 steps, 19 were asked for"):
+        plan_kills(0, kills=1, targets=[Aim(Target.RANK), Aim(Target.PREEMPT)], steps=19, ranks=2)
     with pytest.raises(ConfigError, match="nothing to kill"):
         plan_kills(0, kills=1, targets=[], steps=100, ranks=2)
     with pytest.raises(ConfigError, match="2 nodes cannot be killed, as there are 1"):
@@ -74,7 +78,9 @@ def test_what_to_kill_is_read_and_written_alike(text: str, aim: Aim) -> None:
     assert str(aim) == text
 
 
-@pytest.mark.parametrize("text", ["", "power", "rank,rank", "node,rank", "node,", ",node", "Node"])
+@pytest.mark.parametrize(
+    "text", ["", "power", "rank,rank", "node,rank", "preempt,preempt", "node,preempt", "node,", ",node", "Node"]
+)
 def test_what_cannot_be_killed_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="node,node"):
         Aim.parse(text)
@@ -93,8 +99,9 @@ def test_a_kill_is_due_once_its_step_is_reached() -> None:
     assert due(PLANNED, Progress(life=0, step=10), None)
 
 
-def test_after_a_kill_of_ranks_a_new_life_has_to_pass_what_any_old_one_reached() -> None:
-    last = landed(Target.RANK, life=0, step=10)
+@pytest.mark.parametrize("target", [Target.RANK, Target.PREEMPT])
+def test_after_a_kill_of_ranks_a_new_life_has_to_pass_what_any_old_one_reached(target: Target) -> None:
+    last = landed(target, life=0, step=10)
     progress = Progress(life=0, step=10)
     progress = advanced(progress, 0, 11)
     assert not due(PLANNED, progress, last), "a line read late is no progress"

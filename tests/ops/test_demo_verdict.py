@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import pytest
@@ -44,8 +44,8 @@ def run(*spans: tuple[int, int], digests: Mapping[str, str] = DIGESTS) -> list[R
     ]
 
 
-def judged(attacked: Sequence[RankRecord], *landed: Landed) -> Verdict:
-    return judge(run((0, STEPS)), attacked, landed, steps=STEPS)
+def judged(attacked: Sequence[RankRecord], *landed: Landed, moved: Collection[int] = ()) -> Verdict:
+    return judge(run((0, STEPS)), attacked, landed, steps=STEPS, moved=moved)
 
 
 def kill(target: Target, *, life: int, step: int, wall_s: float) -> Landed:
@@ -85,6 +85,60 @@ def test_a_killed_agent_costs_no_step_and_no_restore() -> None:
     assert (cost.restore_s, cost.reprotect_s, cost.recovery_s) == (None, None, None)
     assert verdict.summary()["lost_steps"] == [0]
     assert verdict.summary()["restore_s"] == []
+
+
+NOTICE = Landed(Target.PREEMPT, 0, 5, 50.0, ["rank 1"], exit_s=0.75)
+
+
+def stopped(ranks: list[RankRecord], *steps: int) -> list[RankRecord]:
+    """*ranks*, of which each ended its first life after its one of *steps*, as it was preempted."""
+    for record, step in zip(ranks, steps, strict=True):
+        record.lives[0].stopped = step
+    return ranks
+
+
+def test_a_preemption_that_costs_no_step_is_as_promised() -> None:
+    verdict = judged(stopped(run((0, 7), (7, STEPS)), 7, 7), NOTICE, moved=[0])
+    assert (verdict.bit_exact, verdict.broken) == (True, [])
+    summary = verdict.summary()
+    assert (summary["killed"], summary["lost_steps"], summary["repeated_steps"]) == (["preempt"], [0], 0)
+    assert summary["preempted"] == [
+        {
+            "notice_to": "rank 1",
+            "notice_at_step": 5,
+            "stopped_at_step": 7,
+            "restored_step": 7,
+            "lost_steps": 0,
+            "exit_s": 0.75,
+        }
+    ]
+    assert judged(run((0, STEPS))).summary()["preempted"] == []
+
+
+@pytest.mark.parametrize(
+    ("spans", "stops", "moved", "words"),
+    [
+        ([(0, 7), (5, STEPS)], (7, 7), [0], "stopped after step 7, and went on from step 5"),
+        ([(0, 7), (7, STEPS)], (7, 7), [], "did not end because of it"),
+        ([(0, 7), (7, STEPS)], (7, 6), [0], "after different steps: {0: 7, 1: 6}"),
+        ([(0, 7), (7, STEPS)], (7, None), [0], "after different steps: {0: 7, 1: None}"),
+        ([(0, 7), (7, STEPS)], (6, 6), [0], "after different steps"),
+        ([(0, STEPS)], (None, None), [], "did not end because of it"),
+        ([(0, STEPS)], (STEPS, STEPS), [0], "did not go on"),
+    ],
+)
+def test_a_preemption_that_went_otherwise_is_told(
+    spans: list[tuple[int, int]], stops: tuple[int, int], moved: list[int], words: str
+) -> None:
+    verdict = judged(stopped(run(*spans), *stops), NOTICE, moved=moved)
+    assert verdict.bit_exact, "steps that are trained again come out the same"
+    (text,) = verdict.broken
+    assert text.startswith("notice to rank 1 at step 5: ")
+    assert words in text
+
+
+def test_other_kills_promise_nothing_of_the_kind() -> None:
+    assert judged(run((0, 7), (5, STEPS)), kill(Target.RANK, life=0, step=6, wall_s=90.0)).broken == []
 
 
 def test_a_life_that_died_before_its_first_line_is_skipped_over() -> None:
