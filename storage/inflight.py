@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
-from typing import TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Final, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 Item = TypeVar("Item")
+
+# Below this, what the allocator keeps is as good.
+_SMALL_BYTES: Final = 1 << 20
 
 
 async def each(items: Iterable[Item], work: Callable[[Item], Awaitable[None]], at_once: int) -> None:
@@ -87,3 +93,37 @@ class Room:
             if not turn.done():  # else: cancelled while it waited
                 self._free -= need
                 turn.set_result(None)
+
+
+class Buffers:
+    """Memory that is used again and again: touching fresh pages takes longer than to read into those that are there.
+
+    Together they are no more than *nbytes*, as long as no more is borrowed at one time.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
+        self._held = 0  # borrowed or free
+        self._free: list[npt.NDArray[np.uint8]] = []
+
+    @contextmanager
+    def borrow(self, nbytes: int) -> Iterator[npt.NDArray[np.uint8]]:
+        """``uint8[nbytes]``, holding anything, until the block ends."""
+        if nbytes < _SMALL_BYTES:
+            yield np.empty(nbytes, np.uint8)
+            return
+        fits = [i for i, free in enumerate(self._free) if len(free) >= nbytes]
+        if fits:
+            whole = self._free.pop(min(fits, key=lambda i: len(self._free[i])))
+        else:
+            while self._free and self._held + nbytes > self._nbytes:
+                self._held -= len(self._free.pop())
+            whole = np.empty(nbytes, np.uint8)
+            self._held += nbytes
+        try:
+            yield whole[:nbytes]
+        finally:
+            if self._held <= self._nbytes:
+                self._free.append(whole)
+            else:
+                self._held -= len(whole)

@@ -23,7 +23,7 @@ from ..snapshot.layout import Layout, Placed
 from ..snapshot.record import SnapshotId
 from .chunks import CRC_BYTES, corner, is_run, payload_bytes, row_bytes, span
 from .entries import Entry, Stored
-from .inflight import Room, each
+from .inflight import Buffers, Room, each
 from .names import DELETED, ENTRIES, data_of, entry_key, parse_entry, parse_tombstone
 from .store import Found, Store
 
@@ -136,6 +136,7 @@ class ImageReader:
         self._stores = stores
         self._away: set[int] = set()  # indices of stores that did not answer
         self._room = Room(IN_FLIGHT_BYTES)
+        self._buffers = Buffers(IN_FLIGHT_BYTES)
 
     @property
     def layout(self) -> Layout:
@@ -213,9 +214,9 @@ class ImageReader:
         ``read_image``."""
         nbytes = payload_bytes(self._placed(stored).slice, stored.chunk)
         async with self._room.take(nbytes):
-            held = np.empty(nbytes, np.uint8)
-            await self._fetch(stored.chunk.key, stored.crc, [held])
-            yield held
+            with self._buffers.borrow(nbytes) as held:
+                await self._fetch(stored.chunk.key, stored.crc, [held])
+                yield held
 
     async def verify(self, progress: Progress | None = None) -> list[Damage]:
         """Read every object of the image in every one of the stores, and say which are missing or damaged.
@@ -233,10 +234,11 @@ class ImageReader:
                 key, crc = stored.chunk.key, stored.crc
                 nbytes = payload_bytes(self._placed(stored).slice, stored.chunk)
             async with self._room.take(nbytes):
-                try:
-                    await self._read_from(store, key, crc, [np.empty(nbytes, np.uint8)])
-                except (Corrupt, ObjectMissing) as error:
-                    found.append(self._damage(store, key, error))
+                with self._buffers.borrow(nbytes) as held:
+                    try:
+                        await self._read_from(store, key, crc, [held])
+                    except (Corrupt, ObjectMissing) as error:
+                        found.append(self._damage(store, key, error))
             if progress is not None:
                 progress(nbytes)
 

@@ -11,7 +11,7 @@ from holdfast.errors import Corrupt, ObjectMissing
 from holdfast.snapshot.layout import ITEM_BYTES, Layout, Slice
 from holdfast.snapshot.partition import share
 from holdfast.snapshot.record import SnapshotId
-from holdfast.storage.store import Buffer, Found, checked
+from holdfast.storage.store import Buffer, Found, Names, checked
 from holdfast.storage.writer import Image
 
 Bytes = npt.NDArray[np.uint8]
@@ -38,6 +38,13 @@ class Memory:
         self.objects.update(self.unsettled)
         self.unsettled.clear()
 
+    async def forget(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self.unsettled.pop(key, None)
+
+    async def confirm(self, prefix: str) -> None:
+        pass
+
     async def get(self, key: str) -> bytes:
         try:
             return (self.objects | self.unsettled)[checked(key)]
@@ -55,7 +62,7 @@ class Memory:
     async def list(self, prefix: str) -> list[Found]:
         return [Found(key, len(data), 0.0) for key, data in sorted(self.objects.items()) if key.startswith(prefix)]
 
-    async def children(self, prefix: str) -> Sequence[str]:
+    async def children(self, prefix: str) -> Names:
         return sorted({key[len(prefix) :].split("/")[0] for key in self.objects if key.startswith(prefix)})
 
     async def delete(self, keys: Sequence[str]) -> None:
