@@ -38,6 +38,7 @@ _log = logging.getLogger(__name__)
 _AT_ONCE: Final = 2  # images that are written to one tier side by side
 _PATIENCE_S: Final = (120.0, 1800.0)  # for the nearest tier, which holds a slot, and for the others
 _PAUSE_S: Final = (0.5, 30.0)  # between tries: the first, and the longest
+_COMMIT_WITHIN_S: Final = 6 * 3600.0
 _LIST_S: Final = 60.0
 _LISTED: Final = 32  # snapshots of each tier, newest first, that a restore is told of
 _REMEMBERED: Final = 4  # answers for each rank
@@ -291,7 +292,10 @@ class Spiller:
         async with reading(source, job.id):
             entry = await read_entry(source, job.id, job.rank, job.world)
             await self._make_room(job, tier, entry.image_bytes)
-            return (await copy_rank(source, target, job.id, job.rank, job.world, pace=tier.pace)).stored_bytes
+            still = partial(_lately, _uptime_s())
+            return (
+                await copy_rank(source, target, job.id, job.rank, job.world, still=still, pace=tier.pace)
+            ).stored_bytes
 
     async def _from_slot(self, job: _Job, tier: _Tier) -> int:
         from ..storage.writer import Image, write_image
@@ -301,7 +305,11 @@ class Spiller:
         if slot is None or record is None:
             raise SnapshotUnknown(f"the image of {job.id} of rank {job.rank} is not here any more")
         await self._make_room(job, tier, record.image_bytes)
-        still = partial(_holds, slot.sealed_record, record)
+        began_s, look = _uptime_s(), slot.sealed_record
+
+        def still() -> bool:
+            return _lately(began_s) and _holds(look, record)
+
         checks, text = slot.read_tables(record)
         found = await asyncio.to_thread(slot.checksums, record.image_bytes, record.block_bytes)
         if not still():
@@ -341,13 +349,13 @@ class Spiller:
         """Who removes what may go; None if that is another agent's business.
 
         Where all nodes see the same tier, the agent of rank 0 does it for all; where each has a disk of its own, each does.
-        Only a tier that all see ever shows a complete snapshot of several nodes.
+        Only a tier that all see ever shows a complete snapshot of several nodes: of this job as it runs now, that is.
         """
         from ..storage.prune import Pruner
         from ..storage.reader import list_snapshots
 
-        store = tier.opened()
-        shared = any(listed.complete for listed in await list_snapshots(store))
+        store, known = tier.opened(), {id for _, id in self._jobs}
+        shared = any(listed.complete for listed in await list_snapshots(store) if listed.id in known)
         mine = shared and self._has_first
         own = not shared and tier is self._tiers[0] and self._whole is not None
         return Pruner(store, tier.settings, self._job, shared=shared) if mine or own else None
@@ -450,6 +458,16 @@ class Spiller:
         slot = self._arenas.free_slot(rank, id, image_bytes=image_bytes, table_bytes=needed)
         slot.prefault()
         return slot
+
+
+def _uptime_s() -> float:
+    """Goes on while the machine is suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def _lately(began_s: float) -> bool:
+    """Whether a spill that began then may still commit: well before the tombstone goes of what was deleted meanwhile."""
+    return _uptime_s() - began_s < _COMMIT_WITHIN_S
 
 
 def _ranges(ranks: Iterable[int]) -> list[wire.Range]:
