@@ -20,7 +20,7 @@ from holdfast.storage.writer import write_image
 from holdfast.tests.storage.memory import ID, Memory, as_restored, box, image_of, tensor_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from zarr.core.buffer import cpu
+from zarr.core.buffer import Buffer, cpu
 from zarr.storage import MemoryStore
 
 DTYPES = ["uint8", "bfloat16", "float32", "complex128", "float8_e5m2", "complex32"]
@@ -88,7 +88,7 @@ def test_a_job_is_whole_tensors_in_a_tier(job: Job) -> None:
     store, entries = asyncio.run(there(job))
     keys = [stored.chunk.key for entry in entries for stored in entry.chunks]
     assert len(set(keys)) == len(keys), "an object with two writers"
-    data = {k: cpu.Buffer.from_bytes(v) for k, v in store.below(data_of(ID)).items()}
+    data: dict[str, Buffer] = {k: cpu.Buffer.from_bytes(v) for k, v in store.below(data_of(ID)).items()}
     group = zarr.open_group(MemoryStore(data), mode="r")
     for rank, held in enumerate(job.held):
         for piece in held:

@@ -25,17 +25,18 @@ def slices(draw: st.DrawFn) -> Slice:
     members = draw(st.just(()) | st.sets(st.integers(0, 9), min_size=2).map(lambda ranks: tuple(sorted(ranks))))
     dtype, device = draw(st.sampled_from(sorted(ITEM_BYTES))), draw(st.sampled_from(["cpu", "cuda", ""]))
     piece = Slice(draw(names), dtype, tuple(shape), tuple(start), tuple(extent), device, members)
-    return replace(piece, **on_a_grid(draw, shape)) if draw(st.booleans()) else piece
+    return on_a_grid(draw, piece) if draw(st.booleans()) else piece
 
 
-def on_a_grid(draw: st.DrawFn, shape: list[int]) -> dict[str, tuple[int, ...]]:
-    """Start, extent and chunk of a slice of some whole chunks in dimension 0, and one in each other."""
+def on_a_grid(draw: st.DrawFn, piece: Slice) -> Slice:
+    """A slice of the same tensor that is some whole chunks along dimension 0, and one along each other."""
+    shape = piece.shape
     chunk = [draw(st.integers(1, max(n, 1))) for n in shape]
     start = [c * draw(st.integers(0, max(n - 1, 0) // c)) for n, c in zip(shape, chunk, strict=True)]
     extent = [min(c, n - s) for n, s, c in zip(shape, start, chunk, strict=True)]
     if shape:
         extent[0] = min(chunk[0] * draw(st.integers(1, 3)), shape[0] - start[0])
-    return {"start": tuple(start), "extent": tuple(extent), "chunk": tuple(chunk)}
+    return replace(piece, start=tuple(start), extent=tuple(extent), chunk=tuple(chunk))
 
 
 layouts = st.builds(Layout.of, st.integers(0, 2**31), st.lists(slices(), max_size=6))

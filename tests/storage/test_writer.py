@@ -131,7 +131,9 @@ def test_an_image_without_values_and_one_without_tensors() -> None:
 
 
 def test_progress_and_pace_count_what_is_written() -> None:
-    store, image, done, paced = Memory(), image_of(HELD, 0, 1), [], []
+    store, image = Memory(), image_of(HELD, 0, 1)
+    done: list[int] = []
+    paced: list[int] = []
 
     async def pace(nbytes: int) -> None:
         paced.append(nbytes)
