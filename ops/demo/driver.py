@@ -237,7 +237,7 @@ class Run:
 
     def __enter__(self) -> Self:
         clear(self.folder)
-        if self._protected:
+        if self.tier is not None and self._plan.tier is None:
             clear_tier(self._plan.out)
         with contextlib.ExitStack() as undo:
             undo.callback(self._close)
