@@ -12,18 +12,21 @@ from __future__ import annotations
 import asyncio
 import configparser
 import os
+import random
 import re
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
 
 from ..errors import ConfigError, Corrupt, HoldfastError, ObjectMissing, TierFull, TierUnreachable
-from .disk import as_bytes
+from .disk import Bytes, as_bytes
 from .store import GET_BYTES, TIMEOUT_S, Buffer, Found, Names, checked, checked_prefix, is_key
 
 if TYPE_CHECKING:
@@ -49,6 +52,7 @@ _PREFIXES: Final = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}
 _FILE_VARIABLES: Final = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
                           "AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_SKIP_SIGNATURE")  # fmt: skip
 
+Result = TypeVar("Result")
 _memories: dict[str, obstore.store.MemoryStore] = {}  # of this process, by name
 
 
@@ -68,23 +72,33 @@ class ObjectStore:
 
         arrays = [array for part in parts if (array := as_bytes(part)).nbytes]
         nbytes = sum(array.nbytes for array in arrays)
+        part_bytes = max(PART_BYTES, -(-nbytes // MOST_PARTS))
+
+        async def small() -> None:
+            data = b"".join(array.data for array in arrays)
+            await obstore.put_async(self._store, key, data, use_multipart=False)
+
+        async def large() -> None:
+            upload = _Upload(arrays, part_bytes)
+            try:
+                await obstore.put_async(
+                    self._store, key, upload, use_multipart=True, chunk_size=part_bytes, max_concurrency=PARTS_AT_ONCE
+                )
+            finally:
+                upload.call_off()
+
+        checked(key)
         if nbytes <= PART_BYTES:
-            async with self._asking("write", checked(key), self._requests, nbytes):
-                data = b"".join(array.data for array in arrays)
-                await obstore.put_async(self._store, key, data, use_multipart=False)
-            return
-        async with self._asking("write", checked(key), self._uploads, nbytes):
-            await obstore.put_async(
-                self._store,
-                key,
-                iter([array.data for array in arrays]),
-                use_multipart=True,
-                chunk_size=max(PART_BYTES, -(-nbytes // MOST_PARTS)),
-                max_concurrency=PARTS_AT_ONCE,
-            )
+            await self._ask("write", key, small, nbytes)
+        else:
+            async with self._uploads:
+                await self._ask("write", key, large, nbytes)
 
     async def settle(self) -> None:
         """See Store. Nothing waits for it."""
+
+    async def forget(self, keys: Sequence[str]) -> None:
+        """See Store. Nothing waits."""
 
     async def confirm(self, prefix: str) -> None:
         """See Store. What can be seen is durable."""
@@ -93,32 +107,40 @@ class ObjectStore:
         """See Store."""
         import obstore
 
-        async with self._asking("read", checked(key), self._requests):
+        async def ask() -> bytes:
             found = await obstore.get_async(self._store, key)
             if found.meta["size"] > GET_BYTES:
                 raise Corrupt(f"{key} in {self.url} is longer than any document: {found.meta['size']} bytes")
             return (await found.bytes_async()).to_bytes()
+
+        return await self._ask("read", checked(key), ask)
 
     async def read_into(self, key: str, parts: Sequence[memoryview]) -> None:
         """See Store."""
         import obstore
 
         wanted = sum(part.nbytes for part in parts)
-        async with self._asking("read", checked(key), self._requests, wanted):
+
+        async def ask() -> None:
             found = await obstore.get_async(self._store, key)
             there = found.meta["size"]
             if there != wanted:
                 raise Corrupt(f"{key} in {self.url} has {there} bytes, not {wanted}")
             await _fill(parts, found.stream(min_chunk_size=STREAM_BYTES), f"{key} in {self.url}")
 
+        await self._ask("read", checked(key), ask, wanted)
+
     async def list(self, prefix: str) -> list[Found]:
         """See Store."""
         import obstore
 
-        found = []
-        async with self._asking("list", checked_prefix(prefix), self._requests):
+        async def ask() -> Sequence[Found]:
+            found = []
             async for batch in obstore.list(self._store, prefix or None, chunk_size=1000):
                 found += [Found(one["path"], one["size"], one["last_modified"].timestamp()) for one in batch]
+            return found
+
+        found = await self._ask("list", checked_prefix(prefix), ask)
         # Not every store takes a prefix for a folder: "a/b" must not bring "a/bc".
         inside = (one for one in found if one.key.startswith(prefix) and is_key(one.key))
         return sorted(inside, key=lambda one: one.key)
@@ -127,26 +149,30 @@ class ObjectStore:
         """See Store."""
         import obstore
 
-        async with self._asking("list", checked_prefix(prefix), self._requests):
-            found = await obstore.list_with_delimiter_async(self._store, prefix or None)
-        names = (path.rstrip("/").removeprefix(prefix) for path in found["common_prefixes"])
+        async def ask() -> Sequence[str]:
+            return (await obstore.list_with_delimiter_async(self._store, prefix or None))["common_prefixes"]
+
+        found = await self._ask("list", checked_prefix(prefix), ask)
+        names = (path.rstrip("/").removeprefix(prefix) for path in found)
         return sorted(name for name in names if is_key(name) and "/" not in name)
 
     async def delete(self, keys: Sequence[str]) -> None:
         """See Store."""
         import obstore
 
+        async def ask(batch: Sequence[str]) -> None:
+            try:
+                await obstore.delete_async(self._store, batch)
+            except FileNotFoundError:  # some stores mind; then the others of the batch may still be there
+                for key in batch:
+                    with suppress(FileNotFoundError):
+                        await obstore.delete_async(self._store, key)
+
         for key in keys:
             checked(key)
         for at in range(0, len(keys), DELETE_KEYS):
-            batch = list_of(keys[at : at + DELETE_KEYS])
-            async with self._asking("delete", batch[0] if len(keys) == 1 else "", self._requests):
-                try:
-                    await obstore.delete_async(self._store, batch)
-                except FileNotFoundError:  # some stores mind; then the others of the batch may still be there
-                    for key in batch:
-                        with suppress(FileNotFoundError):
-                            await obstore.delete_async(self._store, key)
+            batch = [*keys[at : at + DELETE_KEYS]]
+            await self._ask("delete", batch[0] if len(keys) == 1 else "", partial(ask, batch))
 
     async def sweep(self, older_than_s: float) -> int:
         """See Store. What is left of uploads cannot be seen from here."""
@@ -159,13 +185,57 @@ class ObjectStore:
     async def close(self) -> None:
         """See Store. Connections close by themselves when they have been idle."""
 
-    @asynccontextmanager
-    async def _asking(self, operation: str, key: str, slots: asyncio.Semaphore, nbytes: int = 0) -> AsyncIterator[None]:
+    async def _ask(self, operation: str, key: str, ask: Callable[[], Awaitable[Result]], nbytes: int = 0) -> Result:
+        """What *ask* returns. All that is asked may be asked again. obstore repeats requests that get no answer, or 5xx;
+        not those whose answer breaks off, and that is done here."""
         deadline_s = self._timeout_s + nbytes / SLOWEST_BYTES_PER_S
-        async with slots:
-            with _translated(f"cannot {operation} {f'{key} in ' if key else ''}{self.url}", operation, deadline_s):
+        what = f"cannot {operation} {f'{key} in ' if key else ''}{self.url}"
+        pause_s = 0.1
+        async with self._requests:
+            with _translated(what, operation, deadline_s):
                 async with asyncio.timeout(deadline_s):
-                    yield
+                    while True:
+                        try:
+                            return await ask()
+                        except _broken_off() as error:
+                            if not isinstance(error, EOFError) and "HTTP error" not in str(error):
+                                raise
+                        await asyncio.sleep(pause_s * (0.5 + random.random()))  # noqa: S311 - so that not all come at once
+                        pause_s = min(2 * pause_s, 5.0)
+
+
+class _Upload:
+    """Hands out copies of *arrays*, part by part. obstore goes on with an upload for a while after its caller has given
+    up: then there are no more parts, the upload fails, and memory that is not ours any more is not looked at."""
+
+    def __init__(self, arrays: Sequence[Bytes], part_bytes: int) -> None:
+        self._arrays, self._part_bytes = [*arrays], part_bytes
+        self._lock = threading.Lock()
+        self._off = False
+
+    def __iter__(self) -> Iterator[memoryview]:
+        return self
+
+    def __next__(self) -> memoryview:
+        with self._lock:
+            if self._off:
+                raise InterruptedError("called off")
+            if not self._arrays:
+                raise StopIteration
+            part, filled = np.empty(self._part_bytes, np.uint8), 0
+            while self._arrays and filled < self._part_bytes:
+                array = self._arrays[0]
+                count = min(array.nbytes, self._part_bytes - filled)
+                part[filled : filled + count] = array[:count]
+                filled += count
+                self._arrays[:1] = [array[count:]] if count < array.nbytes else []
+            return part[:filled].data
+
+    def call_off(self) -> None:
+        """Nothing is handed out after this."""
+        with self._lock:
+            self._off = True
+            self._arrays.clear()
 
 
 async def _fill(parts: Sequence[memoryview], stream: AsyncIterator[bytes], what: str) -> None:
@@ -181,12 +251,14 @@ async def _fill(parts: Sequence[memoryview], stream: AsyncIterator[bytes], what:
             if not targets[0].nbytes:
                 del targets[0]
     if targets:
-        raise TierUnreachable(f"cannot read {what}: it ended early")
+        raise EOFError(f"{what} ended early")
 
 
-def list_of(keys: Sequence[str]) -> Names:
-    """*keys* as the list that obstore wants."""
-    return [*keys]
+@cache
+def _broken_off() -> tuple[type[Exception], ...]:
+    from obstore.exceptions import GenericError
+
+    return GenericError, EOFError
 
 
 @contextmanager
@@ -199,7 +271,7 @@ def _translated(what: str, operation: str, deadline_s: float) -> Iterator[None]:
         raise
     except TimeoutError as error:
         raise TierUnreachable(f"{what}: no answer for {deadline_s:.0f} s") from error
-    except (BaseError, OSError, ValueError) as error:
+    except (BaseError, OSError, ValueError, EOFError) as error:
         reason = _reason(error)
         if isinstance(error, FileNotFoundError) and operation == "read" and "NoSuchBucket" not in str(error):
             raise ObjectMissing(f"{what}: it is not there") from error
@@ -239,7 +311,7 @@ def _opened(url: str, timeout_s: float) -> obstore.store.ObjectStore:
             "connect_timeout": min(limit, timedelta(seconds=5)),
         },
         "retry_config": {
-            "max_retries": 50,
+            "max_retries": 10_000,  # the deadline counts
             "retry_timeout": limit,
             "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": min(limit / 4, timedelta(seconds=5))},
         },

@@ -64,7 +64,12 @@ async def in_thread(pool: Executor, function: Callable[[Work], Result], timeout_
             memory is not touched any more.
     """
     work = Work()
-    future = asyncio.get_running_loop().run_in_executor(pool, function, work)
+
+    def run() -> Result:
+        work.go_on()  # it may have been called off while it waited for a thread
+        return function(work)
+
+    future = asyncio.get_running_loop().run_in_executor(pool, run)
     try:
         beats = 0
         while not (await asyncio.wait({future}, timeout=timeout_s))[0]:

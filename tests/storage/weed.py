@@ -51,8 +51,7 @@ class Weed:
     def bucket(self) -> str:
         """The URL of a new, empty bucket."""
         name = f"test-{uuid.uuid4().hex[:12]}"
-        filer = f"http://127.0.0.1:{self._ports['filer.port']}/buckets/{name}/"
-        urllib.request.urlopen(urllib.request.Request(filer, method="POST"), timeout=30).close()
+        self._make_bucket(name)
         return f"s3://{name}"
 
     def start(self) -> None:
@@ -69,6 +68,7 @@ class Weed:
         for port in ("s3.port", "filer.port", "volume.port"):
             self._wait_for(f"http://127.0.0.1:{self._ports[port]}/")
         self._wait_for_volume()
+        self._make_bucket(_BUCKET)
 
     def stop(self, by: signal.Signals = signal.SIGKILL) -> None:
         """End it. Connections break, and new ones are refused."""
@@ -91,6 +91,10 @@ class Weed:
     ) -> None:
         self.stop()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _make_bucket(self, name: str) -> None:
+        filer = f"http://127.0.0.1:{self._ports['filer.port']}/buckets/{name}/"
+        urllib.request.urlopen(urllib.request.Request(filer, method="POST"), timeout=30).close()
 
     def _wait_for(self, url: str) -> None:
         deadline = time.monotonic() + START_S
