@@ -18,7 +18,7 @@ from holdfast.errors import AgentUnreachable, Corrupt, HoldfastError, SourceGone
 from holdfast.snapshot.arena import Slot, place_for
 from holdfast.snapshot.layout import Layout, Slice
 from holdfast.snapshot.record import Record, SnapshotId, block_bytes_for, new_nonce
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 Bytes = npt.NDArray[np.uint8]
@@ -203,6 +203,7 @@ def test_small_reads_are_served_from_what_was_read_ahead(tmp_path: Path) -> None
     assert fake.asked == [(0, IMAGE.nbytes)]
 
 
+@settings(derandomize=True, deadline=None, max_examples=50)
 @given(data=st.data())
 def test_any_read_gives_these_bytes_and_keeps_little(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -14,7 +14,7 @@ from holdfast.ops.contents import Bytes, Opened, Tensor, alone, read_box, requir
 from holdfast.snapshot.layout import ITEM_BYTES, Layout, Slice
 from holdfast.snapshot.record import SnapshotId
 from holdfast.tests.ops.states import HELD, NAMES, OWN, WORLD, HeldBytes, state
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 LAYOUTS = {rank: Layout.of(1, HELD[rank]) for rank in range(WORLD)}
@@ -91,6 +91,7 @@ def test_cells_are_chunks_of_the_grid_or_several_of_them() -> None:
     assert list(found["model.empty"].boxes()) == []
 
 
+@settings(derandomize=True, deadline=None, max_examples=100)
 @given(st.data())
 def test_any_boxes_that_cover_a_tensor_give_it(data: st.DataObject) -> None:
     """Overlapping or not, of whatever ranks: where they overlap, the first rank's bytes count."""
