@@ -59,6 +59,7 @@ def test_a_server_that_never_does_it(s3: str, weed: Weed, monkeypatch: pytest.Mo
         assert (proxy.asked == 1) == (status == 403)
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_and_comes_back() -> None:
     with Weed() as server, pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment.items():
@@ -78,7 +79,7 @@ def test_a_server_that_goes_and_comes_back() -> None:
             for call in (impatient.get("k"), impatient.list(""), impatient.put("l", [data]), impatient.delete(["k"])):
                 with pytest.raises(TierUnreachable):
                     await call
-            putting = asyncio.ensure_future(store.put("l", [b"patient"]))
+            putting = asyncio.ensure_future(open_store(url, timeout_s=120.0).put("l", [b"patient"]))
             await asyncio.to_thread(server.start)
             await putting
             assert await store.get("l") == b"patient"

@@ -34,6 +34,7 @@ class Weed:
     def __init__(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="weed-"))
         self._ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
+        self._has_bucket = False
         self._process: subprocess.Popen[bytes] | None = None
         identity = {"name": "test", "credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": ["Admin"]}
         (self._folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
@@ -55,7 +56,7 @@ class Weed:
         return f"s3://{name}"
 
     def start(self) -> None:
-        """Start it, and return when it answers."""
+        """Start it, and return when it answers: after seconds, or half a minute if it was killed before."""
         arguments = [f"-{name}={port}" for name, port in self._ports.items()]
         log = (self._folder / "log").open("ab")
         self._process = subprocess.Popen(
@@ -68,7 +69,9 @@ class Weed:
         for port in ("s3.port", "filer.port", "volume.port"):
             self._wait_for(f"http://127.0.0.1:{self._ports[port]}/")
         self._wait_for_volume()
-        self._make_bucket(_BUCKET)
+        if not self._has_bucket:
+            self._make_bucket(_BUCKET)
+            self._has_bucket = True
 
     def stop(self, by: signal.Signals = signal.SIGKILL) -> None:
         """End it. Connections break, and new ones are refused."""
