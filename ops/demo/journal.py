@@ -75,7 +75,7 @@ _NAMES: Final = {kind: name for name, kind in _EVENTS.items()}
 class LifeRecord:
     """All that one life of one rank wrote; ``steps`` in the order in which they were written.
 
-    ``stopped``: the step after which it ended because of a preemption notice, or None.
+    ``stopped``: its last line, if it ended because of a preemption notice, or None.
     """
 
     life: int
@@ -83,7 +83,7 @@ class LifeRecord:
     entered_s: float
     split_s: Mapping[str, float]
     steps: list[StepDone] = field(default_factory=list)
-    stopped: int | None = None
+    stopped: Stopped | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +204,7 @@ def _lives(events: Iterator[Event]) -> list[LifeRecord]:
         elif isinstance(event, StepDone):
             lives[-1].steps.append(event)
         else:
-            lives[-1].stopped = event.step
+            lives[-1].stopped = event
     return lives
 
 

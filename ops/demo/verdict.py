@@ -22,7 +22,8 @@ class KillCost:
         newest_step: the newest that any rank had logged when the kill landed.
         restored_step: the one that training continued from; None if no process had to start again.
         lost_steps: the difference of the two.
-        exit_s: from a preemption notice to the end of the last rank; None if it was none.
+        stop_s: from a preemption notice until the last rank left its loop, its last snapshot persisted; None if it was none.
+        exit_s: from the notice to the end of the last rank's process; None likewise.
         restore_s: the slowest rank's restore in the life after the kill; None likewise.
         reprotect_s: how long protecting the restored snapshot again took then; None also where nobody could.
         recovery_s: from the kill to the first step after it; None likewise.
@@ -36,6 +37,7 @@ class KillCost:
     reprotect_s: float | None
     recovery_s: float | None
     split_s: Mapping[str, float]
+    stop_s: float | None = None
 
     @property
     def lost_steps(self) -> int:
@@ -196,7 +198,10 @@ def _broken(cost: KillCost, attacked: Sequence[RankRecord], moved: Collection[in
     """How the job failed to end as a preempted one should: on every rank after one and the same step, and to go on from there."""
     notice = f"notice to {cost.landed.victims[0]} at step {cost.landed.step}"
     stopped = {
-        record.rank: life.stopped for record in attacked for life in record.lives if life.life == cost.landed.life
+        record.rank: life.stopped.step if life.stopped else None
+        for record in attacked
+        for life in record.lives
+        if life.life == cost.landed.life
     }
     if cost.landed.life not in moved:
         yield f"{notice}: the job did not end because of it"
@@ -216,6 +221,7 @@ def _preempted(cost: KillCost) -> dict[str, Any]:
         "stopped_at_step": cost.newest_step,
         "restored_step": cost.restored_step,
         "lost_steps": cost.lost_steps,
+        "stop_s": cost.stop_s,
         "exit_s": cost.exit_s,
     }
 
@@ -242,4 +248,12 @@ def _cost(kill: Landed, attacked: Sequence[RankRecord]) -> KillCost:
         reprotect_s=max((life.split_s["re-protect"] for life in after if "re-protect" in life.split_s), default=None),
         recovery_s=round(max(first_steps) - kill.wall_s, 3) if first_steps else None,
         split_s=slowest.split_s,
+        stop_s=_stop_s(kill, attacked),
     )
+
+
+def _stop_s(kill: Landed, attacked: Sequence[RankRecord]) -> float | None:
+    ends = [life.stopped for record in attacked for life in record.lives if life.life == kill.life and life.stopped]
+    if kill.target is not Target.PREEMPT or not ends:
+        return None
+    return round(max(end.wall_s for end in ends) - kill.wall_s, 3)

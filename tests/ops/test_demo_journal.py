@@ -78,7 +78,7 @@ def test_a_run_is_read_by_rank_and_life_and_cleared(tmp_path: Path) -> None:
     keep.write_text("mine")
     first, second = read_run(tmp_path, 2)
     assert [(life.life, life.start, [done.step for done in life.steps], life.stopped) for life in first.lives] == [
-        (0, 0, [1, 2], 2),
+        (0, 0, [1, 2], EVENTS[-1]),
         (1, 1, [2], None),
     ]
     assert first.final == {"step": 2}

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import pytest
-from holdfast.ops.demo.journal import LifeRecord, RankRecord, StepDone
+from holdfast.ops.demo.journal import LifeRecord, RankRecord, StepDone, Stopped
 from holdfast.ops.demo.schedule import Landed, Target
 from holdfast.ops.demo.verdict import Verdict, judge
 from hypothesis import given
@@ -90,10 +90,10 @@ def test_a_killed_agent_costs_no_step_and_no_restore() -> None:
 NOTICE = Landed(Target.PREEMPT, 0, 5, 50.0, ["rank 1"], exit_s=0.75)
 
 
-def stopped(ranks: list[RankRecord], *steps: int) -> list[RankRecord]:
+def stopped(ranks: list[RankRecord], *steps: int | None) -> list[RankRecord]:
     """*ranks*, of which each ended its first life after its one of *steps*, as it was preempted."""
     for record, step in zip(ranks, steps, strict=True):
-        record.lives[0].stopped = step
+        record.lives[0].stopped = None if step is None else Stopped(0, step, NOTICE.wall_s + 0.25 * (record.rank + 1))
     return ranks
 
 
@@ -109,6 +109,7 @@ def test_a_preemption_that_costs_no_step_is_as_promised() -> None:
             "stopped_at_step": 7,
             "restored_step": 7,
             "lost_steps": 0,
+            "stop_s": 0.5,
             "exit_s": 0.75,
         }
     ]
@@ -128,7 +129,7 @@ def test_a_preemption_that_costs_no_step_is_as_promised() -> None:
     ],
 )
 def test_a_preemption_that_went_otherwise_is_told(
-    spans: list[tuple[int, int]], stops: tuple[int, int], moved: list[int], words: str
+    spans: list[tuple[int, int]], stops: tuple[int | None, int | None], moved: list[int], words: str
 ) -> None:
     verdict = judged(stopped(run(*spans), *stops), NOTICE, moved=moved)
     assert verdict.bit_exact, "steps that are trained again come out the same"
