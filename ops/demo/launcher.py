@@ -30,7 +30,7 @@ class Launcher(Protocol):
         """Start every rank; lives are counted from *first_life*."""
 
     def poll(self) -> int | None:
-        """None while the job goes on, 0 once every rank has ended well, else the code of why it was given up."""
+        """None while the job goes on, else the code of why it was given up; 0 once all ranks exited so, finished or preempted."""
 
     def end(self) -> None:
         """End every rank that runs, kindly first."""
