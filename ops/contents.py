@@ -22,8 +22,10 @@ import numpy.typing as npt
 from ..errors import ConfigError, Corrupt, HoldfastError, SnapshotLost
 from ..snapshot.layout import ITEM_BYTES, Layout, Slice
 from ..snapshot.record import SnapshotId
+from ..storage.inflight import each
 
 CELL_BYTES: Final = 64 << 20
+_PARTS_AT_ONCE: Final = 16  # of one cell: in an object store, small ones are waited for more than they are read
 _AHEAD: Final = 2  # cells that are read while one is being written
 
 Bytes = npt.NDArray[np.uint8]
@@ -106,6 +108,7 @@ class Tensor:
         own: slices of other ranks with bytes of their own for what *pieces* already has: every rank's batch norm statistics,
             say, of which the global tensor has those of one rank.
         whole: whether *pieces* cover it.
+        disjoint: whether no two of *pieces* overlap.
     """
 
     name: str
@@ -114,6 +117,7 @@ class Tensor:
     pieces: tuple[Piece, ...]
     own: tuple[Piece, ...]
     whole: bool
+    disjoint: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -175,14 +179,21 @@ def _put_together(name: str, dtype: str, shape: tuple[int, ...], pieces: Sequenc
     open_: list[Box] = [tuple((0, length) for length in shape)] if math.prod(shape) else []
     taken: list[Piece] = []
     own: list[Piece] = []
+    disjoint = True
     for piece in pieces:
         box = piece.box
         if any(a >= b for a, b in box):
             continue  # an empty slice says nothing
         left = [rest for gap in open_ for rest in _without(gap, box)]
         (own if left == open_ else taken).append(piece)
+        if left != open_:
+            disjoint = disjoint and _volume(open_) - _volume(left) == _volume([box])
         open_ = left
-    return Tensor(name, dtype, shape, tuple(taken), tuple(own), whole=not open_)
+    return Tensor(name, dtype, shape, tuple(taken), tuple(own), whole=not open_, disjoint=disjoint)
+
+
+def _volume(boxes: Iterable[Box]) -> int:
+    return sum(math.prod(b - a for a, b in box) for box in boxes)
 
 
 def _without(box: Box, other: Box) -> Iterator[Box]:
@@ -260,10 +271,16 @@ async def read_box(opened: Opened, tensor: Tensor, box: Box) -> Bytes:
     """The bytes of a box of a global tensor, row-major, verified; zeros where no piece covers it."""
     item = ITEM_BYTES[tensor.dtype]
     out = np.zeros(math.prod(b - a for a, b in box) * item, np.uint8)
+    parts: list[tuple[Piece, Box]] = []
     for piece in reversed(tensor.pieces):  # the first one last: where they overlap, it counts
         common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, piece.box, strict=True))
         if all(a < b for a, b in common):
-            await _read_part(opened.images[piece.rank], piece, box, common, out)
+            parts.append((piece, common))
+
+    async def read(part: tuple[Piece, Box]) -> None:
+        await _read_part(opened.images[part[0].rank], part[0], box, part[1], out)
+
+    await each(parts, read, _PARTS_AT_ONCE if tensor.disjoint else 1)
     return out
 
 

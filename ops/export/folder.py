@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...errors import ConfigError
+from ...errors import ConfigError, TierFull
 
 
 @contextlib.contextmanager
@@ -19,7 +20,8 @@ def appearing(target: Path) -> Iterator[Path]:
     Killed before that, it leaves a folder ``.<name>.<uuid>.partial`` beside *target*, and nothing of that name.
 
     Raises:
-        ConfigError: *target* is there already, and is no empty folder; or cannot be made; or the disk is full.
+        ConfigError: *target* is there already, and is no empty folder; or cannot be made.
+        TierFull: the disk is full.
     """
     target = target.absolute()
     if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
@@ -36,7 +38,8 @@ def appearing(target: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
             raise
     except OSError as error:
-        raise ConfigError(f"cannot write {target}: {error.strerror or error}") from error
+        kind = TierFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else ConfigError
+        raise kind(f"cannot write {target}: {error.strerror or error}") from error
 
 
 def _sync(folder: Path) -> None:

@@ -54,6 +54,8 @@ def _header(wanted: Wanted, chosen: list[Tensor]) -> bytes:
     }  # fmt: skip
     end = 0
     for tensor in chosen:
+        if tensor.name in document or not tensor.name.isprintable():
+            raise StateRefused(f"{tensor.name!r} is no name for a tensor in safetensors; leave it out (--only)")
         if tensor.dtype not in _DTYPES:
             raise StateRefused(
                 f"{tensor.name}: safetensors has no dtype {tensor.dtype}; choose another --format, or leave it out (--only)"
@@ -62,7 +64,7 @@ def _header(wanted: Wanted, chosen: list[Tensor]) -> bytes:
         document[tensor.name] = {
             "dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end],
         }  # fmt: skip
-    text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace")
+    text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > _HEADER_LIMIT:
         raise StateRefused(

@@ -110,11 +110,20 @@ def test_any_boxes_that_cover_a_tensor_give_it(data: st.DataObject) -> None:
         images[rank] = HeldBytes(layouts[rank], content.reshape(-1).view(np.uint8))
     (tensor,) = tensors(layouts)
     assert tensor.whole == bool(seen.all())
+    assert tensor.disjoint == (sum(math.prod(piece.slice.extent) for piece in tensor.pieces) == taken(tensor, shape))
     opened = Opened("here", "job", SnapshotId(1, 1, "0" * 32), count, images, {})
     for box in itertools.islice(tensor.boxes(data.draw(st.integers(1, 64))), 20):
         cut = tuple(slice(a, b) for a, b in box)
         found = asyncio.run(read_box(opened, tensor, box)).view(np.int16).reshape([b - a for a, b in box])
         assert np.array_equal(found, whole[cut])
+
+
+def taken(tensor: Tensor, shape: tuple[int, ...]) -> int:
+    """How many elements some piece has."""
+    seen = np.zeros(shape, bool)
+    for piece in tensor.pieces:
+        seen[tuple(slice(a, b) for a, b in piece.box)] = True
+    return int(seen.sum())
 
 
 def test_patterns_choose_by_name() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from holdfast.errors import ConfigError, StateRefused
+from holdfast.errors import ConfigError, StateRefused, TierFull
 from holdfast.ops.contents import Opened, Tensor, tensors
 from holdfast.ops.export import FORMATS, Wanted, exporter
 from holdfast.ops.export.folder import appearing
@@ -104,6 +104,15 @@ def test_safetensors_has_no_place_for_some_dtypes(tmp_path: Path) -> None:
     want = {name: tensor for name, tensor in expected(opened).items() if name.removeprefix("t.") not in lacking}
     assert held.keys() == want.keys()
     assert all(same(held[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("name", ["__metadata__", "a\ud800", "a\nb"])
+def test_safetensors_has_no_place_for_some_names(name: str, tmp_path: Path) -> None:
+    layout = Layout.of(1, [Slice(name, "int8", (1,), (0,), (1,))])
+    image = HeldBytes(layout, np.zeros(layout.values_offset, np.uint8))
+    opened = Opened("here", "job", STATE.id, 1, {0: image}, {0: 0})
+    with pytest.raises(StateRefused, match="is no name for a tensor"):
+        written("safetensors", wanted(opened, values=False), tmp_path / "out")
 
 
 # -- torch ------------------------------------------------------------------------------------------------------------
@@ -209,6 +218,8 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         pass
     with pytest.raises(ConfigError, match="cannot write"), appearing(target / "file" / "below"):
         pass
+    with pytest.raises(TierFull, match="No space left"), appearing(tmp_path / "full"), open("/dev/full", "w") as full:
+        full.write("x" * (1 << 20))
 
 
 @pytest.mark.parametrize("format", sorted({*FORMATS} - {"torch", "dcp"}))

@@ -223,7 +223,9 @@ def test_agents_that_ask_for_certificates_are_asked_with_them(
         f"--tls-{kind}={tmp_path / name}"
         for kind, name in (("ca", "ca.pem"), ("cert", "tool.pem"), ("key", "tool.key"))
     ]
-    for address in (nodes[0].address, nodes[1].listen):
+    for index, address in enumerate((nodes[0].address, nodes[1].listen)):
+        to = ("--to", str(tmp_path / f"out{index}"), "--format", "zarr")
+        assert holdfast("restore", "latest", "--agent", address, *to, *tls)[0] == 0, "streamed, over TLS"
         assert document(holdfast, "status", "--agent", address, *tls)["silent"] == []
         assert document(holdfast, "ls", "--agent", address, *tls)["snapshots"][0]["complete"]
         assert document(holdfast, "inspect", "--agent", address, *tls)["sound"]
