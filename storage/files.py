@@ -95,6 +95,10 @@ class FileStore:
         async with self._settling:
             await self._run("settle", "", self._settle)
 
+    async def forget(self, keys: Sequence[str]) -> None:
+        """See Store."""
+        await self._run("give up", "", lambda work: self._forget(keys))
+
     async def confirm(self, prefix: str) -> None:
         """See Store."""
         await self._run("settle", checked_prefix(prefix), lambda work: self._confirm(work, prefix))
@@ -207,6 +211,15 @@ class FileStore:
                 os.close(draft.fd)
                 draft.fd = None
         quietly_unlink(self._disk, draft.temporary)
+
+    def _forget(self, keys: Sequence[str]) -> None:
+        with self._lock:
+            drafts = [draft for key in keys if (draft := self._drafts.pop(key, None)) is not None]
+            for key in keys:
+                self._lost.pop(key, None)
+        for draft in drafts:
+            self._discard(draft)
+            self._remove_empty(draft.path.parent)
 
     def _discard_all(self) -> None:
         with self._lock:

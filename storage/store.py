@@ -62,6 +62,11 @@ class Store(Protocol):
         there: put it again, or use another store object of the same place for something else."""
         ...
 
+    async def forget(self, keys: Sequence[str]) -> None:
+        """Give up what was put under these keys and waits for ``settle``, which would fail for those that cannot get there.
+        What others can see already stays."""
+        ...
+
     async def confirm(self, prefix: str) -> None:
         """Return when all that can be seen under the folder *prefix* survives a power cut, whoever put it.
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 import numpy as np
 
 from ..crashpoints import reach
-from ..errors import SnapshotSkipped
+from ..errors import SnapshotSkipped, TierError
 from ..snapshot.layout import Layout
 from ..snapshot.record import SnapshotId
 from .arrays import array_metadata, group_metadata, values_metadata
@@ -64,6 +65,11 @@ async def write_image(
         TierUnreachable, TierFull: of the store. It does not count; it may be written again.
     """
     writer = _Writer(store, image.id, still, pace, progress)
+    async with writer.leaving_nothing():
+        return await _write_image(writer, image)
+
+
+async def _write_image(writer: _Writer, image: Image) -> Entry:
     layout, rank = image.layout, image.rank
     values = image.bytes[layout.values_offset :]
     await writer.metadata(layout, rank, image.job, image.world, len(values))
@@ -117,7 +123,12 @@ async def copy_rank(
     entry = await read_entry(source, snapshot, rank, world)
     reader = ImageReader(entry, [source, *also])
     writer = _Writer(target, snapshot, still, pace, progress)
-    await writer.metadata(entry.layout, rank, entry.job, world, entry.values.nbytes)
+    async with writer.leaving_nothing():
+        return await _copy_rank(writer, reader, entry)
+
+
+async def _copy_rank(writer: _Writer, reader: ImageReader, entry: Entry) -> Entry:
+    await writer.metadata(entry.layout, entry.rank, entry.job, entry.world, entry.values.nbytes)
     reach("spill.metadata")
 
     async def copy(stored: Stored | None) -> None:
@@ -177,6 +188,17 @@ class _Writer:
         self._pace = pace
         self._progress = progress
         self._room = Room(IN_FLIGHT_BYTES)
+        self._keys: list[str] = []
+
+    @asynccontextmanager
+    async def leaving_nothing(self) -> AsyncIterator[None]:
+        """If this fails, the store need not keep what it has not made visible yet, nor answer for it when others settle."""
+        try:
+            yield
+        except Exception:
+            with suppress(TierError):
+                await self._store.forget(self._keys)
+            raise
 
     async def metadata(self, layout: Layout, rank: int, job: str, world: int, values_bytes: int) -> None:
         """Write all ``zarr.json`` that are this rank's to write."""
@@ -231,7 +253,8 @@ class _Writer:
     async def _put(self, key: str, parts: Sequence[Bytes | bytes], nbytes: int) -> None:
         if self._pace is not None:
             await self._pace(nbytes)
-        await self._store.put(data_of(self._id) + key, parts, durable=False)
+        self._keys.append(data_of(self._id) + key)
+        await self._store.put(self._keys[-1], parts, durable=False)
 
     async def commit(self, entry: Entry) -> Entry:
         """Make what was written count, unless it has been overwritten, or the snapshot deleted, meanwhile."""

@@ -56,6 +56,10 @@ class Broken:
         await self._inner.settle()
         self._deaf(kind, "settle", "")
 
+    async def forget(self, keys: Sequence[str]) -> None:
+        self._strike("forget", "")
+        await self._inner.forget(keys)
+
     async def confirm(self, prefix: str) -> None:
         self._strike("confirm", prefix)
         await self._inner.confirm(prefix)

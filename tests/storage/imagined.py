@@ -99,6 +99,9 @@ class ImaginedStore:
         self._holds(*self._unsettled)
         self._unsettled.clear()
 
+    async def forget(self, keys: Sequence[str]) -> None:
+        await self._turn()  # all is to be seen already
+
     async def confirm(self, prefix: str) -> None:
         await self._turn()
         self._holds(*(key for key in self.place.under(prefix)))

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from holdfast.erasure.kernel import crc32c
-from holdfast.errors import Corrupt, HoldfastError, SnapshotSkipped, SnapshotUnknown, TierFull
+from holdfast.errors import Corrupt, HoldfastError, SnapshotSkipped, SnapshotUnknown, TierFull, TierUnreachable
 from holdfast.snapshot.layout import Layout, Slice
+from holdfast.storage.disk import Disk
 from holdfast.storage.entries import Entry
+from holdfast.storage.files import FileStore
 from holdfast.storage.names import data_of, entry_key, tombstone_key
 from holdfast.storage.reader import ImageReader, list_snapshots, read_entry
 from holdfast.storage.store import Buffer
@@ -115,9 +119,35 @@ def test_a_store_that_fails_leaves_no_entry_and_nothing_running() -> None:
         with pytest.raises(TierFull):
             spill(store, image)
         assert store.running == 0
+        assert not store.unsettled
         assert ENTRY not in store.objects
         np.testing.assert_array_equal(read_back(spill(store, image), store), as_restored(image))
     assert count > 10
+
+
+def test_a_spill_that_failed_does_not_stand_in_the_way_of_the_next(tmp_path: Path) -> None:
+    """Settling fails for a file that could not be synced until that is put again: whoever put it gives it up instead."""
+
+    class Failing(Disk):
+        fails = True
+
+        def sync(self, fd: int) -> None:
+            if self.fails:
+                raise OSError(errno.EIO, "by the test")
+            super().sync(fd)
+
+    async def spilled() -> None:
+        store, image = FileStore(tmp_path / "tier", disk=(disk := Failing())), image_of(HELD, 0, 1)
+        with pytest.raises(TierUnreachable):
+            await write_image(store, image, still=lambda: True)
+        assert [path for path in (tmp_path / "tier").rglob("*") if path.is_file()] == []
+        disk.fails = False
+        later = replace(image, id=replace(ID, step=ID.step + 1))
+        await write_image(store, later, still=lambda: True)
+        assert [listed.id for listed in await list_snapshots(store) if listed.complete] == [later.id]
+        await store.close()
+
+    asyncio.run(spilled())
 
 
 def test_an_image_without_values_and_one_without_tensors() -> None:
