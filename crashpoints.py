@@ -33,6 +33,7 @@ PLACES: Final = frozenset(
         "guarded.heard",  # trainer: its node has all its parity of a snapshot, the other ranks do not know
         "complete.unmarked",  # trainer: a snapshot is protected everywhere, its slot does not say so yet
         "complete.marked",  # trainer: the slot says so
+        "spill.begun",  # agent: an image is verified in its slot, nothing of it is written to the tier
         "spill.metadata",  # agent: a spill has described its arrays, none of them has a chunk
         "spill.chunk",  # agent: one more chunk is written, perhaps not yet durable
         "spill.written",  # agent: all of an image is written, perhaps not yet durable

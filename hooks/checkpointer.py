@@ -375,14 +375,16 @@ class Checkpointer:
             verdict = self._pulse.harvest(step, wanted, self._standing, self._deadlines.beat, patience_s)
             self._spilling.step_ended(step)
             self._holding.persisted = self._pulse.agreed.persisted
-            if verdict.take:
-                ticket = self._take(step, verdict.due or int(verdict.stop and bool(self._spilling.tiers)))
-            elif wanted:
-                reason = (self._objection or "another-rank") if verdict.reason == "not-able" else verdict.reason
-                self._books.skip(reason)
-                ticket = Ticket(step, reason)
-            if verdict.stop:
-                self._last_step(ticket if verdict.take else None)
+            try:
+                if verdict.take:
+                    ticket = self._take(step, verdict.due or int(verdict.stop and bool(self._spilling.tiers)))
+                elif wanted:
+                    reason = (self._objection or "another-rank") if verdict.reason == "not-able" else verdict.reason
+                    self._books.skip(reason)
+                    ticket = Ticket(step, reason)
+            finally:
+                if verdict.stop:  # whatever happened here: the other ranks wait for this one
+                    self._last_step(ticket if verdict.take else None)
         with self._books.guard("report"):
             self._books.end_step()
             if ticket.id is None:

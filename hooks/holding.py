@@ -93,6 +93,9 @@ class Holding:
         self._pinned: dict[SnapshotId, float] = {}  # until when at most, by the monotonic clock
         self._spills: dict[SnapshotId, tuple[wire.FromTrainer, set[int]]] = {}  # not answered yet: which tiers
         self._outcomes: dict[SnapshotId, HoldfastError | None] = {}  # of the nearest tier: None if it has the image
+        self._obstacle = (
+            ""  # what the agent has met last in writing to the nearest tier, until it has written there again
+        )
         self._guarded: set[SnapshotId] = set()
         self._complete: SnapshotId | None = None  # the newest snapshot that is never given up
         self._roster: wire.FromTrainer | None = None
@@ -264,7 +267,8 @@ class Holding:
         with self._changed:
             while id not in self._outcomes:
                 if not self._changed.wait(deadline_s - time.monotonic()):
-                    raise DeadlinePassed(f"{id} of rank {self._rank} was not spilled within {timeout_s:g} s")
+                    why = f": {self._obstacle}" if self._obstacle else ""
+                    raise DeadlinePassed(f"{id} of rank {self._rank} was not spilled within {timeout_s:g} s{why}")
             if (error := self._outcomes[id]) is not None:
                 raise error
 
@@ -276,6 +280,8 @@ class Holding:
     def _spilled(self, spilled: wire.Spilled) -> None:
         id = id_of(spilled.id)
         with self._changed:
+            if spilled.tier == 0:
+                self._obstacle = str(told(spilled.error)) if spilled.error else ""
             if spilled.trying:
                 self._pinned.pop(id, None)
                 return

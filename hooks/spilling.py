@@ -9,7 +9,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ..agent import wire_pb2 as wire
 from ..agent.client import id_of
@@ -98,7 +98,10 @@ class Spilling:
 
     def advance(self, step: int) -> None:
         """All up to *step* are complete on all ranks: those that are marked are spilled."""
-        for id, tiers in self._ready(step):
+        self._spill(self._ready(step))
+
+    def _spill(self, ready: Iterable[tuple[SnapshotId, int]]) -> None:
+        for id, tiers in ready:
             try:
                 self.holding.spill(id, tiers)
             except SnapshotSkipped as error:  # the next beats show the others that this rank has not persisted it
@@ -113,8 +116,8 @@ class Spilling:
         """
         self.holding.pin(id, timeout_s)
         marked = dict(self._ready(id.step))
-        for other, tiers in {id: 1, **marked}.items():
-            self.holding.spill(other, tiers)
+        self._spill([(other, tiers) for other, tiers in marked.items() if other != id])
+        self.holding.spill(id, marked.get(id, 1))
         self.holding.wait_spilled(id, timeout_s)
 
     def _ready(self, step: int) -> list[tuple[SnapshotId, int]]:
