@@ -33,7 +33,7 @@ def mutant(diet: str, within: int) -> Callable[[Change], Change]:
     return note
 
 
-@mutant("restarts", 1000)
+@mutant("everything", 1000)
 def keep_is_ignored(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Guard, "_may_go", lambda self, cell, lane, id: cell.stage is Stage.HELD)
 
