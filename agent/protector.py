@@ -91,7 +91,9 @@ class Protector:
         self._status = wire.GroupStatus()
         self._measured: tuple[SnapshotId, float] | None = None  # what the figures in it are of, and since when
         self._materialising: dict[tuple[SnapshotId, int], asyncio.Lock] = {}
-        self._materialised: dict[tuple[SnapshotId, int], wire.MaterialiseReply] = {}
+        self._materialised: dict[
+            tuple[SnapshotId, int], tuple[bytes, wire.MaterialiseReply]
+        ] = {}  # what was asked last, and the answer
         self._ranks: tuple[int, ...] = ()
         self.peers: tuple[str, ...] = ()  # addresses of all agents of the job
 
@@ -538,11 +540,14 @@ class Protector:
         """
         what = (id_of(request.id), request.rank)
         async with self._materialising.setdefault(what, asyncio.Lock()):  # several ranks may need the same image
-            if (done := self._materialised.get(what)) is None:
-                rebuilder = Rebuilder(self._name, self._arenas, self._peers, self._open, self._combine)
-                done = self._materialised[what] = await rebuilder.run(request)
-                self._status.damaged += rebuilder.repaired
-                _log.info("%s of rank %d: %s", what[0], request.rank, done.how)
+            said = request.SerializeToString(deterministic=True)
+            if (before := self._materialised.get(what)) is not None and before[0] == said:
+                return before[1]
+            rebuilder = Rebuilder(self._name, self._arenas, self._peers, self._open, self._combine)
+            done = await rebuilder.run(request)
+            self._materialised[what] = said, done  # whoever asks otherwise next has found that something is damaged
+            self._status.damaged += rebuilder.repaired
+            _log.info("%s of rank %d: %s", what[0], request.rank, done.how)
             return done
 
     @property

@@ -138,12 +138,21 @@ class Rebuilder:
         record = manifest.record
         if (record.id, record.rank, record.checks_crc) != (id, image.rank, image.checks_crc):
             raise Corrupt(f"agent {image.agent} answers for {record.id} of rank {record.rank}")
-        slot = await to_the_end(asyncio.to_thread(self._free, manifest, id))
-        terms = [Term(0, 0, Kind.IMAGE, 0, record.image_bytes, 1)]
         sources = {(0, Kind.IMAGE): self._image_at(image.address, manifest, "fetch")}
-        outcome = await self._combine(slot.image[: record.image_bytes], record.block_bytes, terms, sources, None)
-        if outcome.damaged:
-            raise Corrupt(f"{len(outcome.damaged[0, Kind.IMAGE])} pieces are damaged there")
+
+        async def pull(slot: Slot, ranges: Ranges) -> None:
+            terms = [Term(start, 0, Kind.IMAGE, start, end - start, 1) for start, end in ranges]
+            target = slot.image[: record.image_bytes]
+            outcome = await self._combine(target, record.block_bytes, terms, sources, ranges)
+            if outcome.damaged:
+                raise Corrupt(f"{len(outcome.damaged[0, Kind.IMAGE])} pieces are damaged there")
+
+        here = self._arenas.image(image.rank, id, record.checks_crc)
+        if here is not None and here.sealed_record() is not None:
+            how = await self._repair(here, manifest, record.block_bytes, pull)
+            return wire.MaterialiseReply(path=here.place.path, how=f"{how} from agent {image.agent}")
+        slot = await to_the_end(asyncio.to_thread(self._free, manifest, id))
+        await pull(slot, [(0, record.image_bytes)])
         self._arenas.seal_copy(slot, manifest)
         return wire.MaterialiseReply(path=slot.place.path, how=f"fetched from agent {image.agent}")
 
@@ -161,10 +170,11 @@ class Rebuilder:
         record = manifest.record
         here = self._arenas.image(request.rank, id, record.checks_crc)
         if here is not None and here.sealed_record() is not None:
-            return await self._repair(here, group, manifest)
+            how = await self._repair(here, manifest, group.table.unit, partial(self._compute, group))
+            return wire.MaterialiseReply(path=here.place.path, how=how)
         slot = await to_the_end(asyncio.to_thread(self._free, manifest, id))
         reach("rebuild.begun")
-        await self._compute(slot, group, [(0, record.image_bytes)])
+        await self._compute(group, slot, [(0, record.image_bytes)])
         found = await asyncio.to_thread(slot.checksums, record.image_bytes, record.block_bytes)
         if not np.array_equal(found, manifest.checks):
             raise Corrupt(f"the rebuilt image of {id} of rank {record.rank} does not match its checksums")
@@ -172,15 +182,18 @@ class Rebuilder:
         self._arenas.seal_copy(slot, manifest)
         return wire.MaterialiseReply(path=slot.place.path, how=f"rebuilt from {len(group.sources)} pieces of its group")
 
-    async def _repair(self, slot: Slot, group: _Group, manifest: Manifest) -> wire.MaterialiseReply:
-        """Compute the damaged blocks of an image that is here, in place: to be killed in between leaves it as damaged."""
+    async def _repair(
+        self, slot: Slot, manifest: Manifest, unit: int, compute: Callable[[Slot, Ranges], Awaitable[None]]
+    ) -> str:
+        """Have the damaged blocks of an image that is here put right, in place; in words, what was done.
+
+        To be killed in between leaves it as damaged. *compute* does ranges that begin at multiples of *unit*.
+        """
         record = manifest.record
         found = await asyncio.to_thread(slot.checksums, record.image_bytes, record.block_bytes)
         bad = [int(block) * record.block_bytes for block in np.flatnonzero(found != manifest.checks)]
-        unit = group.table.unit
         starts = sorted({at // unit * unit for at in bad})
-        ranges = [(at, min(at + unit, record.image_bytes)) for at in starts]
-        await self._compute(slot, group, ranges)
+        await compute(slot, [(at, min(at + unit, record.image_bytes)) for at in starts])
         found = await asyncio.to_thread(slot.checksums, record.image_bytes, record.block_bytes)
         if not np.array_equal(found, manifest.checks):
             raise Corrupt(f"the repaired image of {record.id} of rank {record.rank} does not match its checksums")
@@ -193,9 +206,9 @@ class Rebuilder:
             self.repaired += 1
         self.repaired += len(bad)
         _log.warning("%s of rank %d: %s", record.id, record.rank, how)
-        return wire.MaterialiseReply(path=slot.place.path, how=how)
+        return how
 
-    async def _compute(self, slot: Slot, group: _Group, ranges: Sequence[tuple[int, int]]) -> None:
+    async def _compute(self, group: _Group, slot: Slot, ranges: Ranges) -> None:
         """Compute these ranges. Sources that cannot be read are left out; those that are damaged, where they are.
 
         Raises ``Unrecoverable`` when too few are left.

@@ -1,7 +1,7 @@
 """Bringing a snapshot back into the live state: plan, check, apply, compare; each stage together with all ranks.
 
-Every stage ends with a gathering of outcomes, so no rank goes on alone: if one cannot, all learn why. A source that turns
-out damaged is struck from the plan, and the next best snapshot is tried.
+Every stage ends with a gathering of outcomes, so no rank goes on alone: if one cannot, all learn why. A copy that turns
+out damaged is struck from the plan; the image is then had from elsewhere, and if it cannot be, the next best snapshot is tried.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from ..agent import wire_pb2 as wire
 from ..agent.client import wire_id
@@ -41,6 +41,78 @@ class _Prepared:
     reads: list[Read]
     values: dict[str, Any]
     shared: frozenset[str]
+
+
+class _Bad(NamedTuple):
+    """An image that some rank cannot use.
+
+    Attributes:
+        agent, path: the copy that it read; empty if that was brought to its node for it.
+        nowhere: no source could give it: no copy, and not the group.
+    """
+
+    rank: int
+    agent: str
+    path: str
+    nowhere: bool
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """What one rank reads in one attempt, and what it cannot use of that.
+
+    Attributes:
+        read: the copy of each rank's image that is read where it lies; what was brought here for this is not among them.
+        damage: why the image of a rank cannot be used.
+        nowhere: ranks whose images no source could give: every copy, and the group.
+    """
+
+    read: dict[int, Held] = field(default_factory=dict)
+    damage: dict[int, str] = field(default_factory=dict)
+    nowhere: set[int] = field(default_factory=set)
+
+    def bad(self) -> list[_Bad]:
+        """The damage, as it is told to other ranks."""
+        copies = {rank: self.read.get(rank) for rank in sorted(self.damage)}
+        return [
+            _Bad(rank, copy.agent if copy else "", copy.path if copy else "", rank in self.nowhere)
+            for rank, copy in copies.items()
+        ]
+
+
+@dataclass(slots=True)
+class _Struck:
+    """What the attempts so far have shown to be of no use.
+
+    Attributes:
+        copies: damaged, each by itself: other copies of the same image are as good as before.
+        hopeless: images that their groups could not compute.
+    """
+
+    copies: set[Held] = field(default_factory=set)
+    hopeless: set[tuple[SnapshotId, int]] = field(default_factory=set)
+
+    def left(self, images: Iterable[Held]) -> list[Held]:
+        """Those of *images* that may be good."""
+        bad = {copy.where for copy in self.copies}
+        return [image for image in images if image.where not in bad]
+
+    def strike(self, decision: Plan, images: Iterable[Held], bad: Iterable[_Bad]) -> None:
+        """*bad*, as the ranks said it, came of *decision* and *images*. Every attempt that fails strikes something."""
+        id = decision.chosen
+        assert id is not None
+        for rank, agent, path, nowhere in bad:
+            copies = [image for image in self.left(images) if (image.id, image.rank) == (id, rank)]
+            source = decision.sources[rank]
+            if nowhere:
+                self.copies.update(copies)
+                self.hopeless.add((id, rank))
+            elif found := [copy for copy in copies if (copy.agent, copy.path) == (agent, path)]:
+                self.copies.update(found)
+            elif isinstance(source, Rebuilt):
+                self.hopeless.add((id, rank))
+            elif not path:  # it had been brought here, from there in all likelihood
+                self.copies.add(source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,66 +210,59 @@ class Restorer:
             LayoutMismatch: it does not fit the live state, or this number of ranks; nothing is changed.
             RestoreDiverged: ranks that must agree do not.
         """
-        damaged: set[tuple[SnapshotId, int]] = set()
-        hopeless: set[tuple[SnapshotId, int]] = set()
+        struck = _Struck()
         while True:
-            decision = plan(found.images, self._ranks.world, damaged, found.parities, hopeless)
+            decision = plan(found.images, self._ranks.world, struck.copies, found.parities, struck.hopeless)
             if decision.chosen is None:
-                self._nothing_left(decision, found, damaged)
+                self._nothing_left(decision, found, struck)
                 return None
             _log.log(logging.WARNING if decision.loss else logging.INFO, "%s", decision.explain())
             reach("restore.planned")
-            good = [image for image in found.images if (image.id, image.rank) not in damaged]
-            bad = self._attempt(decision, replace(found, images=tuple(good)))
+            bad = self._attempt(decision, replace(found, images=tuple(struck.left(found.images))))
             if not bad:
                 return decision.chosen
-            for rank in bad:
-                (hopeless if isinstance(decision.sources[rank], Rebuilt) else damaged).add((decision.chosen, rank))
+            struck.strike(decision, found.images, bad)
 
-    def _nothing_left(self, decision: Plan, found: Found, damaged: set[tuple[SnapshotId, int]]) -> None:
+    def _nothing_left(self, decision: Plan, found: Found, struck: _Struck) -> None:
         """Raise unless it is certain that no snapshot ever was complete: starting afresh must not be an accident."""
         if decision.loss and any(image.world != self._ranks.world for image in found.images):
             raise LayoutMismatch(decision.explain())
-        if decision.loss or damaged or found.spoiled:
+        if decision.loss or struck.copies or found.spoiled:
             lines = [f"{path}: it was sealed, and its record cannot be read" for path in found.spoiled]
             raise SnapshotLost("\n".join([decision.explain(), *lines]))
         _log.info("%s", decision.explain())
 
-    def _attempt(self, decision: Plan, found: Found) -> set[int]:
-        """Restore as planned; returns the ranks whose images proved damaged, empty on success."""
+    def _attempt(self, decision: Plan, found: Found) -> list[_Bad]:
+        """Restore as planned; returns what proved damaged on any rank, nothing on success."""
+        attempt = _Attempt()
         with ExitStack() as stack:
-            damage: dict[int, str] = {}
             prepared = together(
                 self._ranks,
                 "preparing the restore",
                 self._timeout_s,
-                lambda: self._prepare(decision, found, stack, damage),
+                lambda: self._prepare(decision, found, stack, attempt),
             )
-            if bad := self._all_damage(damage):
+            if bad := self._all_damage(attempt):
                 return bad
             assert prepared is not None
-            together(self._ranks, "restoring", self._timeout_s, lambda: self._apply(prepared, damage))
-            if bad := self._all_damage(damage):
+            together(self._ranks, "restoring", self._timeout_s, lambda: self._apply(prepared, attempt.damage))
+            if bad := self._all_damage(attempt):
                 return bad
             together(self._ranks, "restoring values", self._timeout_s, lambda: self._finish(prepared))
         self._compare(prepared.shared)
         reach("restore.applied")
-        return set()
+        return []
 
-    def _prepare(self, decision: Plan, found: Found, stack: ExitStack, damage: dict[int, str]) -> _Prepared | None:
+    def _prepare(self, decision: Plan, found: Found, stack: ExitStack, attempt: _Attempt) -> _Prepared | None:
         rank, id = self._ranks.rank, decision.chosen
         assert id is not None
         images: dict[int, SourceImage] = {}
         for needed in self._needed():
-            try:
-                path = self._path(id, needed, decision, found)
-                image = SourceImage(path, needed, id, self._mapped.get(path))
-            except (Corrupt, SnapshotLost, OSError) as error:
-                damage[needed] = str(error)
-                continue
-            stack.callback(image.close)
-            images[needed] = image
-        if damage:
+            image = self._open(id, needed, decision, found, attempt)
+            if image is not None:
+                stack.callback(image.close)
+                images[needed] = image
+        if attempt.damage:
             return None
         held = [
             placed.slice
@@ -211,13 +276,28 @@ class Restorer:
         try:
             values = decode(images[rank].values(), from_leaf)
         except Corrupt as error:
-            damage[rank] = str(error)
+            attempt.damage[rank] = str(error)
             return None
         if not isinstance(values, dict):
             raise LayoutMismatch(f"the values of {decision.chosen} are a {type(values).__name__}, not a state")
         self._state.check_values(values)
         shared = frozenset(piece.name for piece in held if piece.members)
         return _Prepared(images, targets, reads, values, shared)
+
+    def _open(self, id: SnapshotId, rank: int, decision: Plan, found: Found, attempt: _Attempt) -> SourceImage | None:
+        """The image, to be read where it lies on this node, brought here if it is not yet; None if that failed."""
+        here = self._copy_here(id, rank, decision, found)
+        try:
+            if here is not None:
+                attempt.read[rank] = here
+            path = here.path if here is not None else self._brought(id, rank, found)
+            return SourceImage(path, rank, id, self._mapped.get(path))
+        except SnapshotLost as error:
+            attempt.damage[rank] = str(error)
+            attempt.nowhere.add(rank)
+        except (Corrupt, OSError) as error:
+            attempt.damage[rank] = str(error)
+        return None
 
     def _needed(self) -> list[int]:
         """The ranks whose images hold something of this rank's state: its own, and those of its replicas."""
@@ -226,12 +306,15 @@ class Restorer:
         members = {rank for item in self._state.survey().items for rank in item.slice.members}
         return sorted(members | {self._ranks.rank})
 
-    def _path(self, id: SnapshotId, rank: int, decision: Plan, found: Found) -> str:
-        """Where the image lies on this node; brought here if it is not yet. Raises ``SnapshotLost``."""
+    def _copy_here(self, id: SnapshotId, rank: int, decision: Plan, found: Found) -> Held | None:
+        """The copy on this node, if there is one."""
+        if not isinstance(decision.sources[rank], Held):
+            return None
         copies = [image for image in found.images if (image.id, image.rank) == (id, rank)]
-        here = next((image for image in copies if self._bring is None or image.agent == self._agent), None)
-        if here is not None and isinstance(decision.sources[rank], Held):
-            return here.path
+        return next((image for image in copies if self._bring is None or image.agent == self._agent), None)
+
+    def _brought(self, id: SnapshotId, rank: int, found: Found) -> str:
+        """Where the image lies on this node, now that its agent has brought it. Raises ``SnapshotLost``."""
         if self._bring is None:
             raise SnapshotLost(f"the image of {id} of rank {rank} is not on this node")
         request = wire.MaterialiseRequest(
@@ -261,12 +344,13 @@ class Restorer:
         self._state.install(prepared.targets)
         self._state.apply_values(prepared.values)
 
-    def _all_damage(self, mine: dict[int, str]) -> set[int]:
-        """The ranks whose images any rank found damaged. Collective."""
-        for rank, reason in mine.items():
+    def _all_damage(self, mine: _Attempt) -> list[_Bad]:
+        """What any rank found damaged. Collective."""
+        for rank, reason in mine.damage.items():
             _log.error("the image of rank %d cannot be used: %s", rank, reason)
-        said = json.dumps(sorted(mine)).encode()
-        return {r for part in self._ranks.gather(said, "comparing damage", self._timeout_s) for r in json.loads(part)}
+        said = json.dumps(mine.bad()).encode()
+        gathered = self._ranks.gather(said, "comparing damage", self._timeout_s)
+        return sorted({_Bad(*entry) for part in gathered for entry in json.loads(part)})
 
     def _compare(self, shared: frozenset[str]) -> None:
         """Replicas must hold the same bytes now. Raises ``RestoreDiverged`` otherwise. Collective."""

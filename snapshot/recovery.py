@@ -31,6 +31,11 @@ class Held:
     complete: bool = False
     checks_crc: int = 0
 
+    @property
+    def where(self) -> tuple[SnapshotId, str, str]:
+        """What tells this copy from any other of the same image."""
+        return self.id, self.agent, self.path
+
 
 @dataclass(frozen=True, slots=True)
 class HeldParity:
@@ -124,7 +129,7 @@ def _words(source: Held | Rebuilt) -> str:
 def plan(
     held: Iterable[Held],
     world: int,
-    damaged: Iterable[tuple[SnapshotId, int]] = (),
+    damaged: Iterable[Held] = (),
     parities: Iterable[HeldParity] = (),
     hopeless: Iterable[tuple[SnapshotId, int]] = (),
 ) -> Plan:
@@ -133,7 +138,8 @@ def plan(
     Args:
         held: every sealed image that any agent reports; order and repetitions do not matter.
         world: the number of ranks that want their state back.
-        damaged: (snapshot, rank) pairs already found not to match their checksums; they count as not held.
+        damaged: those of *held* already found not to match their checksums; they count as not held. Other copies of
+            the same images are as good as before.
         parities: every sealed parity that any agent reports. An image is rebuilt only of a snapshot known to have been
             complete: of any other, nobody knows whether the lost rank had sealed it.
         hopeless: (snapshot, rank) pairs that could not be rebuilt.
@@ -151,7 +157,7 @@ def plan(
 def prospects(
     held: Iterable[Held],
     world: int | None = None,
-    damaged: Iterable[tuple[SnapshotId, int]] = (),
+    damaged: Iterable[Held] = (),
     parities: Iterable[HeldParity] = (),
     hopeless: Iterable[tuple[SnapshotId, int]] = (),
 ) -> Iterator[Prospect]:
@@ -159,7 +165,7 @@ def prospects(
 
     Without *world*, each is looked at as for as many ranks as took it.
     """
-    bad, beyond = frozenset(damaged), frozenset(hopeless)
+    bad, beyond = {copy.where: copy for copy in damaged}, frozenset(hopeless)
     images: dict[SnapshotId, list[Held]] = {}
     for image in held:
         images.setdefault(image.id, []).append(image)
@@ -168,9 +174,9 @@ def prospects(
         guards.setdefault(parity.id, []).append(parity)
     known = known_complete(images)
     for id in sorted(images.keys() | known, reverse=True):
-        good = [image for image in images.get(id, []) if (id, image.rank) not in bad]
+        good = [image for image in images.get(id, []) if image.where not in bad]
         lost = frozenset(rank for its, rank in beyond if its == id)
-        spoiled = frozenset(rank for its, rank in bad if its == id)
+        spoiled = frozenset(copy.rank for copy in bad.values() if copy.id == id)
         help_ = guards.get(id, []) if id in known else []
         ranks = max((image.world for image in images.get(id, [])), default=0) if world is None else world
         sources, reason = _sources(images.get(id, []), good, help_, ranks, lost, spoiled)

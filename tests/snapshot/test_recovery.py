@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import permutations
 
 from holdfast.snapshot.beat import NONE
@@ -26,7 +27,7 @@ def both(id: SnapshotId, *, watermark: int = NONE, slot: int = 0) -> list[Held]:
     return [image(id, rank, watermark=watermark, slot=slot) for rank in (0, 1)]
 
 
-def chosen(held: Iterable[Held], world: int = 2, damaged: Iterable[tuple[SnapshotId, int]] = ()) -> SnapshotId | None:
+def chosen(held: Iterable[Held], world: int = 2, damaged: Iterable[Held] = ()) -> SnapshotId | None:
     return plan(held, world, damaged).chosen
 
 
@@ -77,18 +78,27 @@ def test_a_watermark_of_what_is_older_than_the_choice_is_no_loss() -> None:
 
 
 def test_damage_counts_as_missing_and_as_loss() -> None:
-    found = plan(both(id(5)) + both(id(4), slot=1), 2, [(id(5), 1)])
+    found = plan(both(id(5)) + both(id(4), slot=1), 2, [image(id(5), 1)])
     assert found.chosen == id(4)
     assert found.rejected == (Rejected(id(5), "1 of 2 images cannot be had: rank 1 damaged"),)
     assert found.loss is not None
 
 
 def test_damage_to_what_is_not_chosen_does_not_matter() -> None:
-    assert plan(both(id(5)) + both(id(4), slot=1), 2, [(id(4), 0)]).chosen == id(5)
+    assert plan(both(id(5)) + both(id(4), slot=1), 2, [image(id(4), 0, slot=1)]).chosen == id(5)
+
+
+def test_another_copy_of_what_is_damaged_is_as_good_as_before() -> None:
+    """Images were brought to another node, as for a restore there, and then one on its own node is damaged."""
+    copies = [replace(held, agent="n1") for held in both(id(5))]
+    held = [*both(id(5)), *copies, *both(id(4), slot=1)]
+    bad = image(id(5), 1)
+    assert plan(held, 2, [bad]) == Plan(id(5), (image(id(5), 0), copies[1]), (), None)
+    assert chosen(held, 2, [bad, copies[1]]) == id(4)
 
 
 def test_all_is_lost() -> None:
-    found = plan(both(id(5)), 2, [(id(5), 0), (id(5), 1)])
+    found = plan(both(id(5)), 2, both(id(5)))
     assert (found.chosen, found.sources) == (None, ())
     assert (
         found.loss
