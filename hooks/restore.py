@@ -135,10 +135,17 @@ def gather_inventories(ranks: Ranks, reply: wire.ImageList, timeout_s: float) ->
     """What any agent holds; the same on every rank. Collective.
 
     Each image is reported by its own rank where that is attached to the agent, so the answer does not grow with the
-    square of the ranks; images of ranks that are elsewhere now are reported by all ranks of the node.
+    square of the ranks; images of ranks that are elsewhere now are reported by all ranks of the node. An agent may take
+    a former trainer for alive whose rank is elsewhere already, so where each rank is, the ranks tell each other first.
     """
-    elsewhere = {image.path for image in reply.images if image.trainer_alive and image.rank != ranks.rank}
-    mine = [asdict(held) for held in held_images(reply) if held.path not in elsewhere]
+    here = f"{reply.agent} {reply.address}".encode()
+    attached = [where == here for where in ranks.gather(here, "comparing who is where", timeout_s)]
+    theirs = {
+        image.path
+        for image in reply.images
+        if image.trainer_alive and image.rank != ranks.rank and image.rank < ranks.world and attached[image.rank]
+    }
+    mine = [asdict(held) for held in held_images(reply) if held.path not in theirs]
     parities = [asdict(parity) for parity in held_parities(reply)]
     said = json.dumps([mine, list(reply.spoiled), parities, [reply.agent, reply.address]]).encode()
     gathered = [json.loads(part) for part in ranks.gather(said, "comparing what the agents hold", timeout_s)]

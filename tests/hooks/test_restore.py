@@ -92,6 +92,16 @@ def test_each_image_is_told_of_by_its_own_rank() -> None:
         assert [(held.rank, held.agent) for held in found.images] == [(0, "a"), (1, "a")]
 
 
+def test_images_of_ranks_that_are_elsewhere_are_told_of() -> None:
+    """Also where the agent has not noticed yet that their trainers are gone; and of ranks that are no more."""
+    replies = [
+        _reply("a", _image(1, "a", alive=True), _image(7, "a", alive=True)),
+        _reply("b", _image(0, "b", alive=True), _image(5, "b", alive=False)),
+    ]
+    for found in on_all(2, lambda ranks: gather_inventories(ranks, replies[ranks.rank], WAIT_S)):
+        assert {(held.rank, held.agent) for held in found.images} == {(1, "a"), (7, "a"), (0, "b"), (5, "b")}
+
+
 # -- damaged copies ------------------------------------------------------------------------------------------------------
 
 
