@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -52,7 +53,15 @@ class ImageReading:
 
 
 class Arenas:
-    """All slots of the job on this node. Not thread safe, except where a method says so."""
+    """All slots of the job on this node. Methods may be called on any thread.
+
+    What makes slots (``reserve``, ``grow``, ``free_slot``, ``reserve_cells``, ``open_cell``) takes as long as the kernel needs to
+    clear their memory, so it is called in worker threads; one at a time, or two of them would spend the same budget. All
+    others never wait for these: dictionaries are changed by single stores, which put whole slots there, and are copied
+    before they are gone through. A slot that is being replaced by a larger one holds nothing meanwhile.
+
+    Who may fill or free which slot, and when, is for the callers to keep apart.
+    """
 
     def __init__(
         self, settings: NodeSettings, agent: str, limit_bytes: int | None, memory: Callable[[Path], Memory]
@@ -63,7 +72,11 @@ class Arenas:
         self._memory = memory
         self._slots: dict[tuple[int, int], Slot] = {}
         self._cells: dict[tuple[int, int], Slot] = {}  # by lane and index
+        self._named: dict[
+            tuple[int, int], tuple[int, int, int]
+        ] = {}  # by lane and index: nonce, key and me of its table
         self._cell_shape = (0, 0)  # lanes, and cells of each, as reserved last
+        self._making = threading.RLock()  # held from the look at the budget until the memory is taken
         self._job = job_hash(settings.job)
         self.foreign: list[str] = []
         # Checksums release the GIL; more threads than this gain nothing over memory bandwidth.
@@ -101,11 +114,12 @@ class Arenas:
             place_for(self._settings.shm, rank, i, image_bytes=image_bytes, table_bytes=table_bytes)
             for i in range(slots)
         ]
-        missing = [place for place in wanted if not self._reusable(place)]
-        self._check_budget(missing)
-        for place in missing:
-            self._make(place)
-        return [self._slots[rank, i].place for i in range(slots)]
+        with self._making:
+            missing = [place for place in wanted if not self._reusable(place)]
+            self._check_budget(missing)
+            for place in missing:
+                self._make(place)
+            return [self._slots[rank, i].place for i in range(slots)]
 
     def grow(self, rank: int, index: int, *, image_bytes: int, table_bytes: int) -> Place:
         """Replace a slot by a larger one. What it held is gone: only its trainer knows that it may go.
@@ -113,13 +127,14 @@ class Arenas:
         Raises ``BudgetExceeded``; the slot then is as large as it was, and free.
         """
         place = place_for(self._settings.shm, rank, index, image_bytes=image_bytes, table_bytes=table_bytes)
-        self._check_budget([place])
-        before = self._slots[rank, index].place
-        try:
-            self._make(place)
-        except BudgetExceeded:  # somebody else took the memory meanwhile; what we had is there again
-            self._make(before)
-            raise
+        with self._making:
+            self._check_budget([place])
+            before = self._slots[rank, index].place
+            try:
+                self._make(place)
+            except BudgetExceeded:  # somebody else took the memory meanwhile; what we had is there again
+                self._make(before)
+                raise
         return place
 
     def place(self, rank: int, index: int) -> Place | None:
@@ -138,7 +153,7 @@ class Arenas:
         if slot is None:
             return False
         if not slot.in_place:  # somebody removed the file, or put another in its place
-            del self._slots[place.rank, place.index]
+            self._slots.pop((place.rank, place.index), None)
             slot.close()
             return False
         if slot.sealed_record() is not None:
@@ -153,12 +168,16 @@ class Arenas:
         return divided and (slot.word != 0 or slot.place.holds(place.table_bytes, place.image_bytes))
 
     def _make(self, place: Place) -> None:
-        mapped = self._mapped(place)
-        old = mapped.pop((place.rank, place.index), None)
+        mapped, where = self._mapped(place), (place.rank, place.index)
+        old = mapped.get(where)
         if old is not None:  # its memory goes first: the budget has no room for both
             old.close()
             Path(old.place.path).unlink(missing_ok=True)
-        mapped[place.rank, place.index] = Slot.create(place)
+        try:
+            mapped[where] = Slot.create(place)
+        except BudgetExceeded:
+            mapped.pop(where, None)  # it has no file any more
+            raise
 
     def _mapped(self, place: Place) -> dict[tuple[int, int], Slot]:
         return self._cells if place.parity else self._slots
@@ -238,30 +257,25 @@ class Arenas:
         """
         record = manifest.record
         needed = manifest.checks.nbytes + len(manifest.layout)
-        mine = [slot for (rank, _), slot in sorted(self._slots.items()) if rank == record.rank]
 
         def cost(slot: Slot) -> tuple[bool, bool]:
             held = slot.sealed_record()
             return held is not None, held is not None and held.id < keep
 
-        for slot in sorted(mine, key=cost):
-            held = slot.sealed_record()
-            if slot.word == OPEN_WORD or (held is not None and held.id == keep):
-                continue
-            if slot.place.table_bytes == 0 or not slot.place.holds(needed, record.image_bytes):
-                continue
-            slot.unseal()
-            return slot
-        small = [slot for slot in sorted(mine, key=cost) if (held := slot.sealed_record()) is None or held.id != keep]
-        index = (
-            small[0].place.index
-            if small
-            else max((i for rank, i in self._slots if rank == record.rank), default=-1) + 1
-        )
-        place = place_for(self._settings.shm, record.rank, index, table_bytes=needed, image_bytes=record.image_bytes)
-        self._check_budget([place])
-        self._make(place)
-        return self._slots[record.rank, index]
+        with self._making:
+            mine = [slot for (rank, _), slot in sorted(self._slots.items()) if rank == record.rank]
+            may_go = [s for s in sorted(mine, key=cost) if (held := s.sealed_record()) is None or held.id != keep]
+            for slot in may_go:
+                if slot.word != OPEN_WORD and slot.place.table_bytes and slot.place.holds(needed, record.image_bytes):
+                    slot.unseal()
+                    return slot
+            index = may_go[0].place.index if may_go else max((slot.place.index for slot in mine), default=-1) + 1
+            place = place_for(
+                self._settings.shm, record.rank, index, table_bytes=needed, image_bytes=record.image_bytes
+            )
+            self._check_budget([place])
+            self._make(place)
+            return self._slots[record.rank, index]
 
     def seal_copy(self, slot: Slot, manifest: Manifest) -> None:
         """The image's bytes are in the slot, verified: make them count."""
@@ -301,14 +315,15 @@ class Arenas:
             for lane in range(lanes)
             for index in range(count)
         ]
-        missing = [p for p in wanted if not self._cell_stays(p)]
-        self._check_budget(missing)
-        for place in missing:
-            self._make(place)
+        with self._making:
+            missing = [p for p in wanted if not self._cell_stays(p)]
+            self._check_budget(missing)
+            for place in missing:
+                self._make(place)
 
     def prefault_cells(self) -> None:
         """Have the memory of all cells mapped. Blocks; called in a worker thread."""
-        for slot in self._cells.values():
+        for slot in list(self._cells.values()):
             slot.prefault()
 
     def _cell_stays(self, place: Place) -> bool:
@@ -324,8 +339,9 @@ class Arenas:
         if not slot.place.holds(table_bytes, image_bytes):
             sizes = {"image_bytes": image_bytes, "table_bytes": table_bytes}
             place = place_for(self._settings.shm, lane, index, parity=True, **sizes)
-            self._check_budget([place])
-            self._make(place)
+            with self._making:
+                self._check_budget([place])
+                self._make(place)
         return self._cells[lane, index]
 
     def seal_cell(
@@ -357,15 +373,13 @@ class Arenas:
                 anybody looks for.
             kept: lane, snapshot, key and place of the cells that are to be kept.
         """
-        lanes = 1 + max((lane for lane, _ in self._cells), default=-1)
+        places = sorted(self._cells)
+        lanes = 1 + max((lane for lane, _ in places), default=-1)
         held = {
             (lane, i): Cell(Stage.HELD, id, table.key if table.me == me else 0, (lane, id, table.key, table.me) in kept)
             for (lane, i), id, table in self.tables()
         }
-        return [
-            [held.get((lane, i), Cell()) for i in sorted(i for its, i in self._cells if its == lane)]
-            for lane in range(lanes)
-        ]
+        return [[held.get((lane, i), Cell()) for its, i in places if its == lane] for lane in range(lanes)]
 
     def verify_cells(self, id: SnapshotId) -> int:
         """Read the parity of *id*, and drop what is damaged: it is made again. Returns how many blocks, or tables, are.
@@ -373,7 +387,7 @@ class Arenas:
         Called in a worker thread.
         """
         damaged = 0
-        for slot in self._cells.values():
+        for slot in list(self._cells.values()):
             record = slot.sealed_record()
             if record is None or record.id != id:
                 continue
@@ -402,18 +416,29 @@ class Arenas:
         return found
 
     def cell(self, lane: int, id: SnapshotId, key: int, member: int) -> tuple[Slot, Record] | None:
-        """The sealed cell of that snapshot, key and member."""
-        for (its_lane, index), its_id, table in self.tables():
-            if (its_lane, its_id, table.key, table.me) == (lane, id, key, member):
-                slot = self._cells[its_lane, index]
-                record = slot.sealed_record()
-                return (slot, record) if record is not None else None
+        """The sealed cell of that snapshot, key and member. What it holds is not verified, nor is all of its table."""
+        for (its_lane, index), slot in sorted(self._cells.items()):
+            record = slot.sealed_record() if its_lane == lane else None
+            if record is not None and record.id == id and self._name(its_lane, index, slot, record) == (key, member):
+                return slot, record
         return None
+
+    def _name(self, lane: int, index: int, slot: Slot, record: Record) -> tuple[int, int] | None:
+        """Key and member of a cell; its table, which may be megabytes, is read once for each time that it is filled."""
+        known = self._named.get((lane, index))
+        if known is None or known[0] != record.nonce:
+            try:
+                table = CellTable.from_text(slot.read_tables(record)[1])
+            except Corrupt as error:
+                _log.warning("%s counts as lost: %s", slot.place.path, error)
+                return None
+            known = self._named[lane, index] = record.nonce, table.key, table.me
+        return known[1], known[2]
 
     @property
     def parity_bytes(self) -> int:
         """Shared memory taken by cells."""
-        return sum(slot.place.file_bytes for slot in self._cells.values())
+        return sum(slot.place.file_bytes for slot in list(self._cells.values()))
 
     # -- reading -----------------------------------------------------------------------------------------------------
 

@@ -139,12 +139,13 @@ class Protector:
         self._materialising.clear()
         self._materialised.clear()
         self._measured = None
-        self._ranks = next(tuple(peer.ranks) for peer in roster.peers if peer.agent == self._name)
+        ranks = next(tuple(peer.ranks) for peer in roster.peers if peer.agent == self._name)
+        self._ranks = ()  # until the guard is of this run: a late word on the last one says nothing of what may go
         self.peers = tuple(peer.address for peer in roster.peers)
         floor = id_of(roster.floor) if roster.HasField("floor") else None
         if table is None:
             self._perform(self._guard.assemble(None, roster.run, floor, [], roster.timeout_s))
-            self._addresses = ()
+            self._addresses, self._ranks = (), ranks
             return wire.Rostered(alone=True)
         n, m = len(peers), table.tolerance
         capacity = max(peer.image_bytes for peer in peers)
@@ -178,6 +179,7 @@ class Protector:
         self._arenas.mark_complete({id_of(p.parity.id) for p in roster.kept})
         cells = [lane[:count] for lane in self._arenas.cells(table.me, kept)[: table.lanes]]
         actions = self._guard.assemble(table, roster.run, floor, cells, roster.timeout_s)
+        self._ranks = ranks
         self._perform(actions)
         for held in self._arenas.inventory():
             if held.id.run == roster.run or held.id == floor:

@@ -145,7 +145,7 @@ class Group:
     def add(self, name: str) -> Member:
         """Another agent, which holds nothing."""
         folder = Path(tempfile.mkdtemp(prefix="holdfast-test-", dir="/dev/shm"))
-        arenas = Arenas(NodeSettings(JOB, folder, folder / "agent.sock", True), name, self._limit_bytes, _plenty)
+        arenas = Arenas(NodeSettings(JOB, folder, folder / "agent.sock", True), name, self._limit_bytes, plenty)
         address = f"127.0.0.1:{len(self.members) + 1}"
         member = Member(name, address, arenas, BulkServer("127.0.0.1", 0, None), folder)
         member.protector = Protector(name, JOB, arenas, member.bulk, Wires(self, name), None, member.told.append)
@@ -221,7 +221,7 @@ class Group:
         )  # fmt: skip
 
 
-def _plenty(folder: Path) -> Memory:
+def plenty(folder: Path) -> Memory:
     return Memory(str(folder), 1 << 40, 1 << 40, None)
 
 
