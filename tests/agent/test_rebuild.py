@@ -327,8 +327,11 @@ def test_damaged_sources_are_erasures() -> None:
     run(work)
 
 
-def test_damage_counts_where_it_is_only() -> None:
-    """Every other member is damaged in every segment, each elsewhere: whole members could not be spared, blocks can."""
+@pytest.mark.parametrize("blocks", [1, 2, 4, 8, 64])
+def test_damage_counts_where_it_is_only(monkeypatch: pytest.MonkeyPatch, blocks: int) -> None:
+    """Every other member is damaged in every segment, each elsewhere: whole members could not be spared, nor pieces of
+    several blocks, but blocks can."""
+    monkeypatch.setattr(combine, "PIECE_BYTES", blocks * BLOCK)
 
     async def work() -> None:
         ranks = plain("abcdef")
