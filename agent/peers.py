@@ -7,6 +7,7 @@ from typing import Any, Final, TypeVar
 import grpc
 from google.protobuf.message import Message
 
+from ..errors import SourceGone
 from . import wire_pb2 as wire
 from .client import CHANNEL_OPTIONS, SERVICE, translated
 from .trust import Trust
@@ -46,9 +47,22 @@ class Peers:
         return await self._ask(address, "Grant", request, wire.GrantReply)
 
     async def manifest(self, address: str, request: wire.ManifestRequest) -> wire.Manifest:
-        """What is needed to verify an image, or a parity cell."""
+        """What is needed to verify an image, or a parity cell. Its text comes page by page.
+
+        Raises ``SourceGone`` if it became another's meanwhile.
+        """
         request.job, request.agent = self._job, self._agent
-        return await self._ask(address, "GetManifest", request, wire.Manifest)
+        told = await self._ask(address, "GetManifest", request, wire.Manifest)
+        parts, got = [told.text], len(told.text)
+        while got < told.text_bytes:
+            request.text_offset = got
+            page = await self._ask(address, "GetManifest", request, wire.Manifest)
+            if page.record != told.record or not page.text:
+                raise SourceGone(f"the agent at {address} holds something else now than what it was asked for")
+            parts.append(page.text)
+            got += len(page.text)
+        told.text = b"".join(parts)
+        return told
 
     async def close(self) -> None:
         """Close all connections."""
@@ -62,12 +76,13 @@ class Peers:
             request_serializer=lambda message: message.SerializeToString(),
             response_deserializer=reply.FromString,
         )
+        self.calls += 1
+        self.call_bytes += request.ByteSize()
         try:
             answer: Reply = await call(request, timeout=_CALL_S)
         except grpc.RpcError as error:
             raise translated(error, f"{method} of the agent at {address}", _CALL_S) from error
-        self.calls += 1
-        self.call_bytes += request.ByteSize() + answer.ByteSize()
+        self.call_bytes += answer.ByteSize()
         return answer
 
     def _channel(self, address: str) -> grpc.aio.Channel:

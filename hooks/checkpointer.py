@@ -27,9 +27,10 @@ from torch.utils.hooks import RemovableHandle
 
 from .._version import __version__
 from ..agent import wire_pb2 as wire
+from ..agent.client import LAYOUT_BYTES_LIMIT
 from ..agent.settings import NodeSettings
 from ..erasure.placement import Protection
-from ..errors import ConfigError, HoldfastError, SnapshotSkipped, StateUnreachable
+from ..errors import ConfigError, HoldfastError, SnapshotSkipped, StateRefused, StateUnreachable
 from ..snapshot.arena import Slot
 from ..snapshot.beat import NONE, Agreed
 from ..snapshot.capture import Binding, Capture, Copier, copier_for
@@ -482,6 +483,9 @@ class Checkpointer:
             return "copy-under-way"
         if not self._binder.finish(0.0):
             return "layout-pending"
+        if self._binder.text_bytes > LAYOUT_BYTES_LIMIT:  # agents could not tell each other of it
+            self._log_trouble("layout", _too_many_tensors(self._binder.text_bytes))
+            return "layout-too-large"
         return self._holding.objection() or ""
 
     def _id(self, step: int) -> SnapshotId:
@@ -632,6 +636,12 @@ def _natural(step: int) -> int:
     return number
 
 
+def _too_many_tensors(nbytes: int) -> StateRefused:
+    return StateRefused(
+        f"the state has so many tensors that to list them takes {nbytes} bytes, and {LAYOUT_BYTES_LIMIT} are the limit"
+    )
+
+
 def _by_name(given: Any) -> dict[str, Any]:
     """One object under the name "", several under their own."""
     if given is None:
@@ -647,5 +657,7 @@ def _look_through(
     values = encode(state.values(state.survey()), "state", to_leaf)
     image_bytes = state.predicted_bytes() + int(values.nbytes * _VALUES_ROOM) + _ROOM_BYTES
     names = sum(len(item.slice.name) + _ENTRY_BYTES for item in state.survey().items)
+    if names > LAYOUT_BYTES_LIMIT:
+        raise _too_many_tensors(names)
     # Optimizer state adds a few tensors per parameter, under longer names.
     return state, image_bytes, table_bytes_for(image_bytes, 6 * names)
