@@ -16,7 +16,7 @@ from holdfast.erasure.galois import PRODUCTS
 from holdfast.erasure.stripes import Geometry
 from holdfast.errors import AgentMismatch, BudgetExceeded, ConfigError, Corrupt, SnapshotUnknown
 from holdfast.snapshot.record import block_bytes_for
-from holdfast.tests.agent.members import JOB, LAYOUT_BYTES, Group, Member, noise, refusal, run, snapshot
+from holdfast.tests.agent.members import JOB, Group, Member, noise, refusal, run, snapshot
 
 ONE = snapshot(1)
 NAMES = "abcdefgh"
@@ -138,19 +138,19 @@ def test_whoever_hears_of_the_group_last(order: tuple[str, ...]) -> None:
 
 def test_offers_that_do_not_fit_one_answer_come_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of many ranks with long layouts: who asks what is offered hears of all of them nevertheless."""
-    monkeypatch.setattr(protector, "_PAGE_BYTES", LAYOUT_BYTES)
+    monkeypatch.setattr(protector, "_PAGE_BYTES", 64)
 
     async def work() -> None:
-        ranks: dict[str, Sequence[int]] = {"a": range(40), "b": range(40, 80)}
+        ranks: dict[str, Sequence[int]] = {"a": range(10), "b": range(10, 20)}
         async with Group(*ranks) as group:
-            images = {rank: noise(100, rank) for rank in range(80)}
+            images = {rank: noise(100, rank) for rank in range(20)}
             a = group.members["a"]
             roster = group.roster(ranks, "1+1", image_bytes=1 << 16)
             await a.protector.assemble(roster)
             await recorded(group, {"a": ranks["a"]}, images)
             first = a.protector.offers(wire.OffersRequest(job=JOB, agent="b")).offers
-            assert 0 < len(first) < 40
-            assert sum(len(offer.layout) for offer in first) <= LAYOUT_BYTES
+            assert 0 < len(first) < 10
+            assert sum(len(offer.layout) for offer in first) <= 64
             await group.members["b"].protector.assemble(roster)
             await recorded(group, {"b": ranks["b"]}, images)
             await group.all_guard(ONE)
