@@ -26,9 +26,11 @@ from .trust import Trust
 
 _log = logging.getLogger(__name__)
 SERVICE: Final = "holdfast.v1.Agent"
+MESSAGE_BYTES: Final = 64 << 20  # layouts of tens of thousands of tensors fit; nothing bulky travels here
+LAYOUT_BYTES_LIMIT: Final = 48 << 20  # it travels in one message, with the checksums of an image of up to 16 TiB
 CHANNEL_OPTIONS: Final = [
-    ("grpc.max_receive_message_length", 64 << 20),
-    ("grpc.max_send_message_length", 64 << 20),
+    ("grpc.max_receive_message_length", MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MESSAGE_BYTES),
     ("grpc.enable_http_proxy", 0),
     ("grpc.use_local_subchannel_pool", 1),  # or a new channel inherits the back-off of an old one to the same socket
 ]
@@ -262,4 +264,6 @@ def translated(error: grpc.RpcError, what: str, timeout_s: float) -> HoldfastErr
         return told(details, what)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED or (code is grpc.StatusCode.CANCELLED and timeout_s):
         return DeadlinePassed(f"{what}: no answer within {timeout_s:g} s")
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:  # a message is too long: it would be the next time, too
+        return AgentError(f"{what}: {details}")
     return AgentUnreachable(f"{what}: {details or code.name.lower()}")

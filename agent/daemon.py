@@ -24,9 +24,10 @@ from ..errors import AgentError, ConfigError
 from .arenas import Arenas
 from .budget import measure
 from .bulk import BulkServer, Limits, Pace
+from .client import MESSAGE_BYTES
 from .peers import Peers
 from .protector import Protector
-from .service import MESSAGE_BYTES, AgentService
+from .service import AgentService
 from .settings import NodeSettings, prepare_folder, remember, remembered
 from .trust import Trust
 

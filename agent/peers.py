@@ -7,6 +7,7 @@ from typing import Any, Final, TypeVar
 import grpc
 from google.protobuf.message import Message
 
+from ..errors import SourceGone
 from . import wire_pb2 as wire
 from .client import CHANNEL_OPTIONS, SERVICE, translated
 from .trust import Trust
@@ -47,9 +48,22 @@ class Peers:
         return await self._ask(address, "Grant", request, wire.GrantReply)
 
     async def manifest(self, address: str, request: wire.ManifestRequest) -> wire.Manifest:
-        """What is needed to verify an image, or a parity cell."""
+        """What is needed to verify an image, or a parity cell. Its text comes page by page.
+
+        Raises ``SourceGone`` if it became another's meanwhile.
+        """
         request.job, request.agent = self._job, self._agent
-        return await self._ask(address, "GetManifest", request, wire.Manifest)
+        told = await self._ask(address, "GetManifest", request, wire.Manifest)
+        parts, got = [told.text], len(told.text)
+        while got < told.text_bytes:
+            request.text_offset = got
+            page = await self._ask(address, "GetManifest", request, wire.Manifest)
+            if page.record != told.record or not page.text:
+                raise SourceGone(f"the agent at {address} holds something else now than what it was asked for")
+            parts.append(page.text)
+            got += len(page.text)
+        told.text = b"".join(parts)
+        return told
 
     async def bring(self, address: str, request: wire.MaterialiseRequest) -> wire.MaterialiseReply:
         """Have that agent read an image from a tier, to be fetched from it."""

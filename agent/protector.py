@@ -48,6 +48,7 @@ _REPEAT_UP_TO_S: Final = 1.0
 _STREAM_S: Final = 600.0  # for one member's bytes; streams that stand still are given up much sooner
 _STREAMS: Final = 32  # threads that receive, at most
 _REMEMBERED: Final = 4  # recorded images of each rank
+_PAGE_BYTES: Final = 16 << 20  # of layouts and tables in one message: far from what a message may have, soon sent
 _MEMBER_ROOM: Final = 1024  # of a cell's table, for each member, besides its checksums and layout
 
 
@@ -451,22 +452,30 @@ class Protector:
         return wire.OfferReply(need_layout=not self._hear_offer(message))
 
     def offers(self, request: wire.OffersRequest) -> wire.OfferList:
-        """What this agent offers now, in full. Raises ``AgentMismatch``."""
+        """What this agent offers now, in full; what is more than a page is sent afterwards. Raises ``AgentMismatch``."""
         self._check_peer(request.job, request.agent)
-        return wire.OfferList(
-            offers=[
-                wire.Offer(
-                    job=self._job,
-                    agent=self._name,
-                    rank=offer.rank,
-                    record=manifest.record.to_bytes(),
-                    checks=manifest.checks.tobytes(),
-                    layout=manifest.layout,
+        table, said, room = self._guard.table, wire.OfferList(), _PAGE_BYTES
+        for offer in self._guard.mine():
+            manifest = self._manifests.get(offer)
+            if manifest is None:
+                continue
+            room -= len(manifest.layout) + manifest.checks.nbytes
+            if room >= 0 or not said.offers:
+                said.offers.append(
+                    wire.Offer(
+                        job=self._job,
+                        agent=self._name,
+                        rank=offer.rank,
+                        record=manifest.record.to_bytes(),
+                        checks=manifest.checks.tobytes(),
+                        layout=manifest.layout,
+                    )
                 )
-                for offer in self._guard.mine()
-                if (manifest := self._manifests.get(offer)) is not None
-            ]
-        )
+            elif table is not None and request.agent in table.agents:
+                member = table.agents.index(request.agent)
+                self._known.pop((self._addresses[member], offer.rank), None)  # it asks because it knows nothing
+                self._talk(self._send_offer(member, offer))
+        return said
 
     def grant(self, request: wire.GrantRequest) -> wire.GrantReply:
         """Let a peer pull bytes. Raises ``AgentMismatch``, ``SnapshotUnknown``."""
@@ -489,17 +498,26 @@ class Protector:
         return wire.GrantReply(token=token, port=self._bulk.port)
 
     def manifest(self, request: wire.ManifestRequest) -> wire.Manifest:
-        """What is needed to verify an image, or a cell. Raises ``AgentMismatch``, ``SnapshotUnknown``."""
+        """What is needed to verify an image, or a cell: a page of its text, and with the first one all else.
+
+        Raises ``AgentMismatch``, ``SnapshotUnknown``.
+        """
         self._check_peer(request.job, request.agent)
-        id = id_of(request.id)
+        id, at = id_of(request.id), request.text_offset
         if request.WhichOneof("source") == "parity":
             slot, record = self._cell(id, request.parity)
             checks, text = slot.read_tables(record)
-            return wire.Manifest(record=record.to_bytes(), checks=checks.tobytes(), text=text)
-        manifest = self._arenas.manifest(request.image.rank, id, request.image.checks_crc)
-        if manifest is None:
-            raise SnapshotUnknown(f"agent {self._name} has no image of {id} of rank {request.image.rank}")
-        return wire.Manifest(record=manifest.record.to_bytes(), checks=manifest.checks.tobytes(), text=manifest.layout)
+        else:
+            manifest = self._arenas.manifest(request.image.rank, id, request.image.checks_crc)
+            if manifest is None:
+                raise SnapshotUnknown(f"agent {self._name} has no image of {id} of rank {request.image.rank}")
+            record, checks, text = manifest.record, manifest.checks, manifest.layout
+        return wire.Manifest(
+            record=record.to_bytes(),
+            checks=checks.tobytes() if at == 0 else b"",
+            text=text[at : at + _PAGE_BYTES],
+            text_bytes=len(text),
+        )
 
     def _cell(self, id: SnapshotId, cell: wire.ParityCell) -> tuple[Slot, Record]:
         found = self._arenas.cell(cell.lane, id, cell.key, cell.index)

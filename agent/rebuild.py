@@ -247,7 +247,7 @@ class Rebuilder:
                 )
                 failed.add(error.where)
             else:
-                todo = _lacking(todo, outcome)
+                todo = _lacking(todo, outcome, group.table.unit)
 
     async def _group(self, id: SnapshotId, request: wire.MaterialiseRequest, key: int) -> _Group:
         """Gather what of the group can be had. Raises ``SnapshotLost`` if not even one cell's table can."""
@@ -311,15 +311,21 @@ def _passing(error: Exception) -> HoldfastError | None:
     return cause if isinstance(cause, HoldfastError) and cause.remedy is Remedy.RETRY else None
 
 
-def _lacking(todo: Sequence[_Range], outcome: Outcome) -> list[_Range]:
-    """The ranges that lack a piece, without the sources that are damaged there. Of all sources, pieces begin alike."""
+def _lacking(todo: Sequence[_Range], outcome: Outcome, unit: int) -> list[_Range]:
+    """What is still to be computed: where a piece was damaged. Of all sources, pieces begin alike.
+
+    A damaged piece of several blocks does not tell which of them is: it is tried again block by block, and only what is found
+    damaged then is left out, there.
+    """
     found: dict[int, _Range] = {}
     for where, pieces in outcome.damaged.items():
         for piece in pieces:
-            at = piece.target_offset
-            part = found.get(at) or next(part for part in todo if part.start <= at < part.end)
-            end = max(at + piece.nbytes, part.end if at in found else 0)
-            found[at] = _Range(at, end, part.without | {where})
+            part = next(part for part in todo if part.start <= piece.target_offset < part.end)
+            without = part.without if piece.nbytes > unit else part.without | {where}
+            stop = piece.target_offset + piece.nbytes
+            for at in range(piece.target_offset, stop, unit):
+                same = found.get(at, _Range(at, at, part.without))
+                found[at] = _Range(at, max(same.end, min(at + unit, stop)), same.without | without)
     return [found[at] for at in sorted(found)]
 
 

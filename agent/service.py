@@ -36,7 +36,6 @@ _DRAIN_S: Final = 1.0
 # How long the new trainer then waits for the old one's last image to be checksummed.
 _SETTLE_S: Final = 60.0
 SERVICE: Final = "holdfast.v1.Agent"
-MESSAGE_BYTES: Final = 64 << 20  # layouts of tens of thousands of tensors fit; nothing bulky travels here
 
 Write = Callable[[wire.FromAgent], Awaitable[None]]
 Result = TypeVar("Result")

@@ -742,25 +742,29 @@ class GrantReply(_message.Message):
     def __init__(self, token: _Optional[bytes] = ..., port: _Optional[int] = ...) -> None: ...
 
 class ManifestRequest(_message.Message):
-    __slots__ = ("job", "agent", "id", "image", "parity")
+    __slots__ = ("job", "agent", "id", "image", "parity", "text_offset")
     JOB_FIELD_NUMBER: _ClassVar[int]
     AGENT_FIELD_NUMBER: _ClassVar[int]
     ID_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     PARITY_FIELD_NUMBER: _ClassVar[int]
+    TEXT_OFFSET_FIELD_NUMBER: _ClassVar[int]
     job: str
     agent: str
     id: Id
     image: ImageSource
     parity: ParityCell
-    def __init__(self, job: _Optional[str] = ..., agent: _Optional[str] = ..., id: _Optional[_Union[Id, _Mapping]] = ..., image: _Optional[_Union[ImageSource, _Mapping]] = ..., parity: _Optional[_Union[ParityCell, _Mapping]] = ...) -> None: ...
+    text_offset: int
+    def __init__(self, job: _Optional[str] = ..., agent: _Optional[str] = ..., id: _Optional[_Union[Id, _Mapping]] = ..., image: _Optional[_Union[ImageSource, _Mapping]] = ..., parity: _Optional[_Union[ParityCell, _Mapping]] = ..., text_offset: _Optional[int] = ...) -> None: ...
 
 class Manifest(_message.Message):
-    __slots__ = ("record", "checks", "text")
+    __slots__ = ("record", "checks", "text", "text_bytes")
     RECORD_FIELD_NUMBER: _ClassVar[int]
     CHECKS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
+    TEXT_BYTES_FIELD_NUMBER: _ClassVar[int]
     record: bytes
     checks: bytes
     text: bytes
-    def __init__(self, record: _Optional[bytes] = ..., checks: _Optional[bytes] = ..., text: _Optional[bytes] = ...) -> None: ...
+    text_bytes: int
+    def __init__(self, record: _Optional[bytes] = ..., checks: _Optional[bytes] = ..., text: _Optional[bytes] = ..., text_bytes: _Optional[int] = ...) -> None: ...

@@ -25,6 +25,7 @@ from typing import Any
 import grpc
 import numpy as np
 from cluster import Cluster
+from holdfast.tests.simulation.scale import GROUP_NODES, PROTECT, control_load
 
 _CHUNK: int = 4 << 20
 _GRPC_OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
@@ -48,6 +49,7 @@ def main() -> None:
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; images of {nbytes / 1e6:.0f} MB, {rounds} rounds")
     _throughput(nbytes, rounds)
     _control(agents)
+    _simulated([16, 64] if options.quick else [16, 32, 64, 128, 256, 512, 1024])
 
 
 def _throughput(nbytes: int, rounds: int) -> None:
@@ -105,6 +107,17 @@ def _control(counts: Sequence[int]) -> None:
                 cluster.protect()
             calls, nbytes = (after - was for after, was in zip(cluster.calls(), before, strict=True))
             print(f"{count:3d} agents  {calls / count / 3:6.1f} calls  {nbytes / count / 3:8.0f} bytes")
+
+
+def _simulated(counts: Sequence[int]) -> None:
+    """The same for more agents than one machine runs: the real protocol, in the simulator's time and network."""
+    print(f"\ncontrol plane in the simulator, groups of {GROUP_NODES} ({PROTECT}): per node and snapshot")
+    for count in counts:
+        load = control_load(count)
+        said = sum(load.messages.values()) - load.calls
+        print(
+            f"{count:4d} agents  {load.calls:6.1f} calls  {load.call_bytes:8.0f} bytes  {said:4.1f} words with the trainer"
+        )
 
 
 # -- the limits --------------------------------------------------------------------------------------------------------

@@ -50,6 +50,11 @@ class Binder:
         """Whether a layout was ever asked for."""
         return self._binding is not None or self.pending or self._stale
 
+    @property
+    def text_bytes(self) -> int:
+        """Length of the layout's text; 0 while there is none."""
+        return 0 if self._binding is None else len(self._binding.text)
+
     def begin(self, when: int) -> None:
         """Survey the state and begin the exchange. Collective; reads all bytes that are shared with replicas.
 

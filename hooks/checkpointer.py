@@ -29,6 +29,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .._version import __version__
 from ..agent import wire_pb2 as wire
+from ..agent.client import LAYOUT_BYTES_LIMIT
 from ..agent.settings import NodeSettings
 from ..errors import ConfigError, HoldfastError, SnapshotSkipped, StateUnreachable
 from ..snapshot.arena import Slot
@@ -43,13 +44,13 @@ from .binder import Binder
 from .books import Books
 from .contract import Deadlines, State, Stats, Ticket
 from .holding import Holding
-from .options import Options
+from .options import Options, natural
 from .preemption import Notice
 from .pulse import Pulse, Standing
 from .ranks import Ranks, join
 from .restore import Found, Restorer, gather_inventories, together
 from .roster import gather_roster
-from .sizing import by_name, look_through
+from .sizing import by_name, look_through, too_many_tensors
 from .spilling import Spilling
 
 _log = logging.getLogger(__name__)
@@ -208,9 +209,9 @@ class Checkpointer:
         Returns:
             The ticket of the snapshot, or None if none was due.
         """
-        if _natural(step) % self._every == 0:
+        if natural(step) % self._every == 0:
             return self.snapshot(step)
-        self._end_step(_natural(step), wanted=False)
+        self._end_step(natural(step), wanted=False)
         return None
 
     def snapshot(self, step: int) -> Ticket:
@@ -218,7 +219,7 @@ class Checkpointer:
 
         Raises ``ConfigError`` if *step* is no natural number.
         """
-        return self._end_step(_natural(step), wanted=True)
+        return self._end_step(natural(step), wanted=True)
 
     def fence(self) -> None:
         """Call before anything changes parameters or optimizer state; done by a hook for torch's optimizers.
@@ -563,6 +564,9 @@ class Checkpointer:
             return "copy-under-way"
         if not self._binder.finish(0.0):
             return "layout-pending"
+        if self._binder.text_bytes > LAYOUT_BYTES_LIMIT:  # agents could not tell each other of it
+            self._books.say("layout", too_many_tensors(self._binder.text_bytes))
+            return "layout-too-large"
         return self._holding.objection() or ""
 
     def _id(self, step: int) -> SnapshotId:
@@ -690,13 +694,3 @@ def _taken(ticket: Ticket) -> SnapshotId:
     if ticket.id is None:
         raise SnapshotSkipped(f"step {ticket.step} was not taken: {ticket.skipped}")
     return ticket.id
-
-
-def _natural(step: int) -> int:
-    try:
-        number = operator.index(step)
-    except TypeError as error:
-        raise ConfigError(f"step {step!r} is a {type(step).__name__}; a natural number is needed") from error
-    if not 0 <= number < 1 << 53:
-        raise ConfigError(f"step {number} is out of range; a natural number below 2**53 is needed")
-    return number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,3 +56,14 @@ class Options:
 
 def _first(passed: Value | None, said: Value | None, default: Value) -> Value:
     return passed if passed is not None else said if said is not None else default
+
+
+def natural(step: int) -> int:
+    """*step*, as a plain int. Raises ``ConfigError`` if it is no natural number."""
+    try:
+        number = operator.index(step)
+    except TypeError as error:
+        raise ConfigError(f"step {step!r} is a {type(step).__name__}; a natural number is needed") from error
+    if not 0 <= number < 1 << 53:
+        raise ConfigError(f"step {number} is out of range; a natural number below 2**53 is needed")
+    return number

@@ -7,6 +7,8 @@ from typing import Any, Final
 
 from torch import nn
 
+from ..agent.client import LAYOUT_BYTES_LIMIT
+from ..errors import StateRefused
 from ..snapshot.codec import encode
 from ..snapshot.record import table_bytes_for
 from ..snapshot.state import TrainingState, to_leaf
@@ -14,6 +16,13 @@ from ..snapshot.state import TrainingState, to_leaf
 _ROOM_BYTES: Final = 256 << 10  # in every image, for values that grow
 _ENTRY_BYTES: Final = 120  # of one slice in a layout text, without its name
 _VALUES_ROOM: Final = 1.5  # values may grow to so many times their first size before a slot has to grow
+
+
+def too_many_tensors(nbytes: int) -> StateRefused:
+    """The refusal of a state whose layout text takes so many bytes."""
+    return StateRefused(
+        f"the state has so many tensors that to list them takes {nbytes} bytes, and {LAYOUT_BYTES_LIMIT} are the limit"
+    )
 
 
 def by_name(given: Any) -> dict[str, Any]:
@@ -31,5 +40,7 @@ def look_through(
     values = encode(state.values(state.survey()), "state", to_leaf)
     image_bytes = state.predicted_bytes() + int(values.nbytes * _VALUES_ROOM) + _ROOM_BYTES
     names = sum(len(item.slice.name) + _ENTRY_BYTES for item in state.survey().items)
+    if names > LAYOUT_BYTES_LIMIT:
+        raise too_many_tensors(names)
     # Optimizer state adds a few tensors per parameter, under longer names.
     return state, image_bytes, table_bytes_for(image_bytes, 6 * names)

@@ -1,6 +1,6 @@
 """The layout of an image: which slice of which tensor lies at which byte.
 
-An image is ``tensors | values``: the tensors' bytes at the offsets that the layout gives, 64-byte aligned; then, from
+An image is ``tensors | values``: the tensors' bytes at the offsets that the layout gives, 64-byte aligned, large ones at pages; then, from
 ``values_offset`` to the end of the image, the eager values as one ``codec`` message whose length may differ from step to
 step. A layout is immutable, numbered within its arena, and travels as canonical JSON text (``Layout.to_text``).
 """
@@ -16,6 +16,8 @@ from typing import Any
 from ..errors import Corrupt
 
 ALIGNMENT = 64
+_LARGE_BYTES = 1 << 20  # such slices begin at pages, so that disks take them from where they lie
+_PAGE_BYTES = 4096
 _FORMAT = 2
 _DIMENSIONS = 64  # torch's own limit
 
@@ -25,6 +27,11 @@ ITEM_BYTES: dict[str, int] = {
     "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "complex32": 4, "complex64": 8, "complex128": 16,
     "float8_e4m3fn": 1, "float8_e4m3fnuz": 1, "float8_e5m2": 1, "float8_e5m2fnuz": 1, "float8_e8m0fnu": 1,
 }  # fmt: skip
+
+
+def room(nbytes: int) -> int:
+    """The most that a slice of so many bytes takes in an image, the gap before it included."""
+    return nbytes + (_PAGE_BYTES if nbytes >= _LARGE_BYTES else ALIGNMENT)
 
 
 def align(offset: int, to: int = ALIGNMENT) -> int:
@@ -111,9 +118,10 @@ class Layout:
         placed: list[Placed] = []
         offset = 0
         for piece in slices:
+            offset = align(offset, _PAGE_BYTES if piece.nbytes >= _LARGE_BYTES else ALIGNMENT)
             placed.append(Placed(piece, offset))
-            offset = align(offset + piece.nbytes)
-        return cls(number, tuple(placed), offset)
+            offset += piece.nbytes
+        return cls(number, tuple(placed), align(offset))
 
     def to_text(self) -> bytes:
         """Canonical JSON; equal layouts give equal bytes. Member lists and chunks are written once, and referred to by index."""

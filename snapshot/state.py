@@ -33,7 +33,7 @@ from torch.nn.parameter import is_lazy
 
 from ..errors import Corrupt, LayoutMismatch, StateRefused
 from .codec import Raw, Tagged
-from .layout import ITEM_BYTES, Slice, align, differences
+from .layout import ITEM_BYTES, Slice, differences, room
 from .partition import chunk_bytes, gridded
 
 _WRAPPERS: Final = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
@@ -312,7 +312,7 @@ class TrainingState:
     def predicted_bytes(self) -> int:
         """An upper estimate of this rank's share of the tensors, with the state that optimizers will create."""
         slices = gridded([item.slice for item in self.survey().items])
-        nbytes = sum(align(piece.nbytes) // _copies(piece.members) for piece in slices)
+        nbytes = sum(room(piece.nbytes // _copies(piece.members)) for piece in slices)
         # A share is off its fair part by at most a chunk; with the state to come, what is shared is cut less finely.
         nbytes += 4 * max((min(chunk_bytes(p), p.nbytes) for p in slices if p.members), default=0)
         replicas = {id(owner.parameter): _copies(owner.replicas) for owner in self._owners()}
@@ -509,9 +509,9 @@ def _predicted_state_bytes(optimizer: torch.optim.Optimizer, copies: Mapping[int
     try:
         state = _twin_state(optimizer, shapes)
     except Exception:  # noqa: BLE001 - any optimizer's code may run here, and only an estimate is at stake
-        return sum(3 * align(shapes[id(p)].nbytes) // copies[id(p)] for p in parameters)
+        return sum(3 * room(shapes[id(p)].nbytes // copies[id(p)]) for p in parameters)
     return sum(
-        align(value.nbytes) // copies[id(p)]
+        room(value.nbytes // copies[id(p)])
         for p in parameters
         for value in state.get(shapes[id(p)], {}).values()
         if isinstance(value, torch.Tensor)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from holdfast.agent import launch
 from holdfast.agent.launch import ensure_agent
 from holdfast.agent.settings import NodeSettings
 from holdfast.errors import AgentUnreachable, AgentUntrusted, DeadlinePassed
@@ -70,7 +71,8 @@ def test_none_is_started_where_one_is_managed(node: Node) -> None:
     assert not node.shm.exists()
 
 
-def test_an_agent_that_cannot_start_says_why(node: Node) -> None:
+def test_an_agent_that_cannot_start_says_why(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_OTHER_S", 0.1)  # for an agent that somebody else starts: nobody does
     node.start(job="another-job")  # it holds the folder's lock, at another socket's place
     node.settings.socket.unlink()
     with pytest.raises(AgentUnreachable, match="another agent already serves"):

@@ -49,7 +49,7 @@ def plain() -> Iterator[tuple[Node, str]]:
 @pytest.fixture(scope="module")
 def trust(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trust]:
     """Certificates of nodes "a" and "b" of one CA, and of "stranger" of another."""
-    found = {}
+    found: dict[str, Trust] = {}
     for ca, names in (("ours", ["a", "b"]), ("theirs", ["stranger"])):
         folder = tmp_path_factory.mktemp(ca)
         certs.make(folder, [certs.Node(name) for name in names], datetime.now(UTC))

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
+from holdfast.agent import protector
 from holdfast.agent import wire_pb2 as wire
 from holdfast.agent.client import wire_id
 from holdfast.erasure.code import Code
@@ -130,6 +131,28 @@ def test_whoever_hears_of_the_group_last(order: tuple[str, ...]) -> None:
                 member.protector.recorded(rank, ONE, None)
                 await asyncio.sleep(0)
                 await member.protector.assemble(roster)
+            await group.all_guard(ONE)
+
+    run(work)
+
+
+def test_offers_that_do_not_fit_one_answer_come_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many ranks with long layouts: who asks what is offered hears of all of them nevertheless."""
+    monkeypatch.setattr(protector, "_PAGE_BYTES", 64)
+
+    async def work() -> None:
+        ranks: dict[str, Sequence[int]] = {"a": range(10), "b": range(10, 20)}
+        async with Group(*ranks) as group:
+            images = {rank: noise(100, rank) for rank in range(20)}
+            a = group.members["a"]
+            roster = group.roster(ranks, "1+1", image_bytes=1 << 16)
+            await a.protector.assemble(roster)
+            await recorded(group, {"a": ranks["a"]}, images)
+            first = a.protector.offers(wire.OffersRequest(job=JOB, agent="b")).offers
+            assert 0 < len(first) < 10
+            assert sum(len(offer.layout) for offer in first) <= 64
+            await group.members["b"].protector.assemble(roster)
+            await recorded(group, {"b": ranks["b"]}, images)
             await group.all_guard(ONE)
 
     run(work)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import pytest
-from holdfast.agent import combine, rebuild
+from holdfast.agent import combine, protector, rebuild
+from holdfast.agent import wire_pb2 as wire
 from holdfast.agent.client import id_of
 from holdfast.errors import AgentUnreachable, BudgetExceeded, SnapshotLost
 from holdfast.snapshot.arena import Slot
@@ -243,6 +244,46 @@ def test_a_source_that_is_down_is_gone_round() -> None:
     run(work)
 
 
+def test_long_tables_come_by_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of parity list all members' layouts: together they may be longer than a message."""
+    monkeypatch.setattr(protector, "_PAGE_BYTES", 100)
+
+    async def work() -> None:
+        ranks = plain("abc")
+        async with Group(*ranks) as group:
+            images = await protected(group, ranks, 1, large)
+            table = group.members["b"].arenas.tables()[0][2].to_text()
+            new = group.add("new")
+            assert (await bring(group, "new", 0, without="a")).startswith("rebuilt")
+            assert new.image(0, ONE) == images[0]
+            asked = [who for asking, who, what in group.asked if (asking, what) == ("new", "GetManifest")]
+            assert asked.count("b") == -(-len(table) // 100)
+
+    run(work)
+
+
+def test_a_table_that_becomes_another_between_its_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protector, "_PAGE_BYTES", 100)
+
+    async def work() -> None:
+        ranks = plain("ab")
+        async with Group(*ranks) as group:
+            await protected(group, ranks, 1, large)
+            b = group.members["b"]
+            answer = b.protector.manifest
+
+            def other(request: wire.ManifestRequest) -> wire.Manifest:
+                told = answer(request)
+                told.record += b"x" * (request.text_offset > 0)
+                return told
+
+            monkeypatch.setattr(b.protector, "manifest", other)
+            request = group.request(0, ONE, without="a")
+            assert isinstance(await refusal(group.add("new").protector.materialise(request)), SnapshotLost)
+
+    run(work)
+
+
 # -- damage --------------------------------------------------------------------------------------------------------------
 
 
@@ -327,8 +368,11 @@ def test_damaged_sources_are_erasures() -> None:
     run(work)
 
 
-def test_damage_counts_where_it_is_only() -> None:
-    """Every other member is damaged in every segment, each elsewhere: whole members could not be spared, blocks can."""
+@pytest.mark.parametrize("blocks", [1, 2, 4, 8, 64])
+def test_damage_counts_where_it_is_only(monkeypatch: pytest.MonkeyPatch, blocks: int) -> None:
+    """Every other member is damaged in every segment, each elsewhere: whole members could not be spared, nor pieces of
+    several blocks, but blocks can."""
+    monkeypatch.setattr(combine, "PIECE_BYTES", blocks * BLOCK)
 
     async def work() -> None:
         ranks = plain("abcdef")

@@ -67,8 +67,11 @@ class Link:
         self._threads.append(thread)
         thread.start()
 
+    def _ended(self) -> bool:
+        return self._closed
+
     def _accept(self, listener: socket.socket, port: int) -> None:
-        while not self._closed:
+        while not self._ended():
             with contextlib.ExitStack() as undo, contextlib.suppress(OSError):
                 near, _ = listener.accept()  # fails once the listener is closed
                 undo.enter_context(near)

@@ -382,5 +382,6 @@ def test_a_second_trainer_of_the_same_rank(make_job: MakeJob) -> None:
     job.kill_ranks(0)
     job.end_ranks()
     job.start()
-    job.finish()
+    job.wait_progress(1)
+    job.finish(enough=True)
     assert job.judge()[-1] > at

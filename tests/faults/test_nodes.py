@@ -142,6 +142,7 @@ def _partner(cluster: Cluster, victim: int, lost: set[int], rng: random.Random) 
     return rng.choice(sorted(others - {victim}))
 
 
+@pytest.mark.timeout(600)  # a dozen lives and more
 def test_an_agent_dies_at_a_named_place_and_another_node_with_it(make_cluster: MakeCluster, rng: random.Random) -> None:
     cluster = make_cluster(4, "2+2", "fsdp2")
     cluster.begin()
@@ -207,6 +208,7 @@ def test_nodes_are_lost_while_others_are_restored(make_cluster: MakeCluster, rng
     assert min(cluster.judge()[1:]) > 0
 
 
+@pytest.mark.timeout(600)  # a dozen lives and more
 def test_a_trainer_dies_at_a_named_place_and_two_nodes_with_it(make_cluster: MakeCluster, rng: random.Random) -> None:
     cluster = make_cluster(4, "2+2", "ddp")
     cluster.begin()

@@ -14,6 +14,7 @@ import pytest
 import torch
 from holdfast import Checkpointer, Ticket
 from holdfast.errors import ConfigError, LayoutMismatch, SnapshotSkipped, StateRefused, StateUnreachable
+from holdfast.hooks import checkpointer
 from holdfast.tests.hooks.nodes import Node, bits, bits_of_models, bits_of_optimizers, until
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -194,6 +195,25 @@ def test_wait_says_what_cannot_be(shared: Node) -> None:
         assert again.skipped == "step-not-newer"
         with pytest.raises(SnapshotSkipped, match="step-not-newer"):
             ckpt.wait(again)
+
+
+def test_a_layout_that_agents_could_not_tell_each_other_of(
+    shared: Node, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Refused when it is clear at attach; if only the optimizer's state makes it so long, counted, said, and trained on."""
+    loop = Loop.make()
+    monkeypatch.setattr(checkpointer, "LAYOUT_BYTES_LIMIT", 500)
+    with pytest.raises(StateRefused, match=r"to list them takes \d{3} bytes, and 500 are the limit"):
+        shared.attach(loop.model, loop.optimizer)
+    monkeypatch.setattr(checkpointer, "LAYOUT_BYTES_LIMIT", 1000)
+    with shared.attach(loop.model, loop.optimizer) as ckpt:
+        for step in (1, 2, 3):
+            loop.turn()
+            assert ckpt.snapshot(step).skipped == "layout-too-large"
+        assert ckpt.stats().skipped == {"layout-too-large": 3}
+        assert ckpt.stats().taken == 0
+    (line,) = (line for line in caplog.messages if "so many tensors" in line)
+    assert "1000 are the limit" in line
 
 
 def test_arguments_are_checked() -> None:

@@ -140,6 +140,7 @@ class Agent:
     def hear_copied(self, session: Session, event: protocol.Copied, floor_stands: bool) -> None:
         if event.keep is not None:
             self.complete(event.keep)
+        self.world.tally["copied", event.id] += 1
         if floor_stands:
             self.guard.floor_stands()
         self.advance(session, event)
@@ -189,6 +190,7 @@ class Agent:
         self.world.truth.pages[content, flight.nonce] = page
         self.memory.touch()
         self.world.say("%s: record of %s of rank %d", self.name, flight.id, session.rank)
+        self.world.tally["prepared", flight.id] += 1
         self.recorded(session.rank, flight.id, flight.keep)
 
     # -- protector -----------------------------------------------------------------------------------------------------
@@ -276,6 +278,7 @@ class Agent:
     def tell(self, id: SnapshotId, unguarded: str | None) -> None:
         for session in self.sessions.values():
             rank = session.stream.rank
+            self.world.tally["guarded", id] += 1
             self.world.down(session.stream, rank.hear_guarded if unguarded is None else rank.hear_unguarded, id)
 
     def tick_soon(self) -> None:
@@ -301,6 +304,7 @@ class Agent:
         """One try; another follows unless the peer's answer comes back."""
         if not self.dead and offer in self.guard.mine():
             lost, answered = self.world.fate()
+            self.world.tally["offer", offer.id] += 1
             self.world.after(self.world.pace.message_s, self.deliver_offer, peer, offer, pause_s, lost, answered)
 
     def deliver_offer(self, peer: str, offer: Offer, pause_s: float, lost: bool, answered: bool) -> None:
@@ -357,6 +361,7 @@ class Agent:
         for member, offer in enumerate(action.offers):
             if offer is None or member == table.me:
                 continue
+            self.world.tally["grant", action.id] += 1
             other = self.world.reach(self, table.agents[member])
             slot = other.memory.image(offer.rank, offer.id, offer.checks_crc) if other is not None else None
             if other is None or slot is None or slot.page is None:

@@ -17,7 +17,7 @@ PARTIAL = 0  # the content of what is no image (yet)
 
 def content_of(id: SnapshotId, rank: int, *, torn: bool = False) -> int:
     """The bytes of that image; another number if it is torn."""
-    return (((int(id.run, 16) << 20 | id.step) << 6 | rank) << 1 | torn) + 1
+    return (((int(id.run, 16) << 20 | id.step) << 12 | rank) << 1 | torn) + 1
 
 
 class Page(NamedTuple):

@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 class Beat:
     """One all-reduce: who has begun it with what, and when each rank is told of its end."""
 
-    __slots__ = ("missing", "told_at", "vectors")
+    __slots__ = ("minimum", "missing", "told_at", "vectors")
 
     def __init__(self, size: int) -> None:
         self.vectors: list[Sequence[int]] = []
+        self.minimum: list[int] = []  # once none is missing
         self.missing = size
         self.told_at = [0.0] * size
 
@@ -56,6 +57,7 @@ class Line(Ranks):
         beat.vectors.append(vector)
         beat.missing -= 1
         if not beat.missing:
+            beat.minimum = [min(values) for values in zip(*beat.vectors, strict=True)]
             self.job.beat_over(beat)
         return Answer(self, beat)
 
@@ -72,7 +74,7 @@ class Answer(Pending[list[list[int]]]):
         if beat.missing or (timeout_s <= 0 and line.job.world.now < beat.told_at[line.rank]):
             return None
         line.settled += 1
-        return [list(map(min, *beat.vectors))] if line.world > 1 else [list(beat.vectors[0])]
+        return [list(beat.minimum)]
 
 
 @dataclass(slots=True)

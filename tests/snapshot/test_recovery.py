@@ -8,7 +8,7 @@ from itertools import permutations
 
 from holdfast.snapshot.beat import NONE
 from holdfast.snapshot.record import SnapshotId
-from holdfast.snapshot.recovery import Held, InTier, Plan, Rejected, Persisted, plan
+from holdfast.snapshot.recovery import Held, InTier, Persisted, Plan, Rejected, plan
 
 RUN, TWIN, NEXT = (run * 32 for run in "abc")
 
