@@ -12,7 +12,6 @@ ckpt.close()
 from __future__ import annotations
 
 import logging
-import operator
 import os
 import time
 import uuid
@@ -31,7 +30,7 @@ from .._version import __version__
 from ..agent import wire_pb2 as wire
 from ..agent.client import LAYOUT_BYTES_LIMIT
 from ..agent.settings import NodeSettings
-from ..errors import ConfigError, HoldfastError, SnapshotSkipped, StateUnreachable
+from ..errors import HoldfastError, SnapshotSkipped, StateUnreachable
 from ..snapshot.arena import Slot
 from ..snapshot.beat import NONE, Agreed
 from ..snapshot.capture import Binding, Capture, Copier, copier_for
