@@ -30,7 +30,9 @@ def held_parities(reply: wire.ImageList) -> list[HeldParity]:
 def in_tiers(reply: wire.TierList) -> list[InTier]:
     """What an agent finds in the tiers."""
     return [
-        InTier(id_of(i.id), i.world, i.tier, tuple((r.offset, r.offset + r.nbytes) for r in i.ranks), reply.agent)
+        InTier(
+            id_of(i.id), i.world, i.tier, tuple((r.offset, r.offset + r.nbytes) for r in i.ranks), reply.agent, i.whole
+        )
         for i in reply.images
     ]
 

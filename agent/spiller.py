@@ -106,6 +106,7 @@ class Spiller:
         self._jobs: dict[tuple[int, SnapshotId], _Job] = {}
         self._running: dict[asyncio.Task[None], _Job] = {}
         self._listing: asyncio.Task[wire.TierList] | None = None
+        self._marking: asyncio.Task[None] | None = None
         self._whole: SnapshotId | None = None  # the newest that all ranks know to lie in the nearest tier
 
     # -- which tiers -------------------------------------------------------------------------------------------------
@@ -161,7 +162,7 @@ class Spiller:
             *self._running,
             *(tier.tidying for tier in self._tiers if tier.tidying is not None),
         ]
-        tasks += [self._listing] if self._listing is not None else []
+        tasks += [task for task in (self._listing, self._marking) if task is not None]
         for task in tasks:
             task.cancel()
         await ended(tasks)
@@ -196,6 +197,8 @@ class Spiller:
         if self._tiers and (self._whole is None or self._whole < id):
             self._whole = id
             self._tidy(self._tiers[0])
+            if self._marking is None or self._marking.done():
+                self._marking = asyncio.create_task(self._mark(self._tiers[0]))
 
     def _spawn(self, work: Awaitable[None], job: _Job) -> None:
         task = asyncio.ensure_future(work)
@@ -323,6 +326,27 @@ class Spiller:
         reach("spill.begun")
         return (await write_image(tier.opened(), image, still=still, pace=tier.pace)).stored_bytes
 
+    async def _mark(self, tier: _Tier) -> None:
+        """Say beside this node's part of a snapshot that the others have theirs.
+
+        A disk shows only what it has: if another is lost, nobody could tell what was persisted from a spill that the power
+        cut short, and the job would start afresh without a word.
+        """
+        from ..storage.documents import seal
+        from ..storage.names import entries_of, parse_entry, snapshot_name, whole_key
+
+        marked: SnapshotId | None = None
+        while (id := self._whole) is not None and id != marked:
+            marked = id
+            try:
+                there = [parse_entry(found.key) for found in await tier.opened().list(entries_of(id))]
+                parts = [part for part in there if part is not None]
+                if parts and len(parts) < parts[0][2]:  # else all nodes see all of it
+                    document = seal({"format": 1, "snapshot": snapshot_name(id)})
+                    await tier.opened().put(whole_key(id), [document])
+            except HoldfastError as error:
+                _log.warning("%s: that %s is whole cannot be said: %s", tier.settings.url, id, error)
+
     # -- keeping tidy ------------------------------------------------------------------------------------------------
 
     def _tidy(self, tier: _Tier) -> None:
@@ -408,7 +432,8 @@ class Spiller:
             return [], f"{tier.settings.url}: {error}"
         newest = sorted((one for one in listed if not one.deleted), key=lambda one: one.id)[-_LISTED:]
         return [
-            wire.TierImages(tier=index, id=wire_id(one.id), world=one.world, ranks=_ranges(one.ranks)) for one in newest
+            wire.TierImages(tier=index, id=wire_id(one.id), world=one.world, ranks=_ranges(one.ranks), whole=one.whole)
+            for one in newest
         ], ""
 
     async def load(self, id: SnapshotId, rank: int, world: int, tiers: Sequence[int]) -> wire.MaterialiseReply:

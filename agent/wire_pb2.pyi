@@ -628,16 +628,18 @@ class TierList(_message.Message):
     def __init__(self, agent: _Optional[str] = ..., address: _Optional[str] = ..., images: _Optional[_Iterable[_Union[TierImages, _Mapping]]] = ..., errors: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class TierImages(_message.Message):
-    __slots__ = ("tier", "id", "world", "ranks")
+    __slots__ = ("tier", "id", "world", "ranks", "whole")
     TIER_FIELD_NUMBER: _ClassVar[int]
     ID_FIELD_NUMBER: _ClassVar[int]
     WORLD_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_FIELD_NUMBER: _ClassVar[int]
     tier: int
     id: Id
     world: int
     ranks: _containers.RepeatedCompositeFieldContainer[Range]
-    def __init__(self, tier: _Optional[int] = ..., id: _Optional[_Union[Id, _Mapping]] = ..., world: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[Range, _Mapping]]] = ...) -> None: ...
+    whole: bool
+    def __init__(self, tier: _Optional[int] = ..., id: _Optional[_Union[Id, _Mapping]] = ..., world: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[Range, _Mapping]]] = ..., whole: bool = ...) -> None: ...
 
 class SpillRequest(_message.Message):
     __slots__ = ("tiers",)

@@ -73,6 +73,7 @@ class InTier:
     Attributes:
         tier: its index; 0 is the nearest.
         ranks: half-open ranges of the ranks whose images are there.
+        whole: all ranks once knew all of it to be persisted.
     """
 
     id: SnapshotId
@@ -80,6 +81,7 @@ class InTier:
     tier: int
     ranks: tuple[tuple[int, int], ...]
     agent: str
+    whole: bool = False
 
     def holds(self, rank: int) -> bool:
         """Whether that rank's image is there."""
@@ -232,8 +234,8 @@ def prospects(
 
 
 def _whole_in_some_tier(parts: Sequence[InTier]) -> bool:
-    """Whether one tier has the images of all ranks, wherever its parts are."""
-    return any(
+    """Whether one tier has the images of all ranks, wherever its parts are; or had them, on disks that are missing now."""
+    return any(part.whole for part in parts) or any(
         all(any(part.holds(rank) for part in parts if part.tier == tier) for rank in range(parts[0].world))
         for tier in {part.tier for part in parts}
     )

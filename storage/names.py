@@ -60,6 +60,17 @@ def parse_entry(key: str) -> tuple[SnapshotId, int, int] | None:
     return (id, rank, world) if rank < world else None
 
 
+def whole_key(id: SnapshotId) -> str:
+    """The object that says, where each node has a disk of its own, that all of them hold their parts."""
+    return f"{entries_of(id)}whole.json"
+
+
+def parse_whole(key: str) -> SnapshotId | None:
+    """The snapshot of such a key, or None if it is no such key."""
+    folder, _, name = key.removeprefix(ENTRIES).rpartition("/")
+    return parse_snapshot(folder) if name == "whole.json" and key.startswith(ENTRIES) else None
+
+
 def data_of(id: SnapshotId) -> str:
     """The folder of its zarr group; keys in entries are relative to it."""
     return f"{SNAPSHOTS}{snapshot_name(id)}/"

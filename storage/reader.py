@@ -24,7 +24,7 @@ from ..snapshot.record import SnapshotId
 from .chunks import CRC_BYTES, corner, is_run, payload_bytes, row_bytes, span
 from .entries import Entry, Stored
 from .inflight import Buffers, Room, each
-from .names import DELETED, ENTRIES, data_of, entry_key, parse_entry, parse_tombstone
+from .names import DELETED, ENTRIES, data_of, entry_key, parse_entry, parse_tombstone, parse_whole
 from .store import Found, Store
 
 Answer = TypeVar("Answer")
@@ -49,12 +49,14 @@ class Listed:
         world: how many ranks it has.
         entries: of the ranks whose images are whole, the objects that say so.
         deleted: it has a tombstone: it is being removed.
+        whole: all ranks once knew all of it to be persisted, on this disk and those of other nodes.
     """
 
     id: SnapshotId
     world: int
     entries: Mapping[int, Found]
     deleted: bool
+    whole: bool = False
 
     @property
     def ranks(self) -> frozenset[int]:
@@ -82,12 +84,14 @@ async def list_snapshots(store: Store) -> list[Listed]:
     found = await store.list(ENTRIES)
     deleted = {parse_tombstone(grave.key) for grave in await store.list(DELETED)}
     entries: dict[tuple[SnapshotId, int], dict[int, Found]] = {}
+    whole = {parse_whole(item.key) for item in found}
     for item in found:
         if (parsed := parse_entry(item.key)) is not None:
             id, rank, world = parsed
             entries.setdefault((id, world), {})[rank] = item
     return [
-        Listed(id, world, ranks, id in deleted) for (id, world), ranks in sorted(entries.items(), key=lambda e: e[0])
+        Listed(id, world, ranks, id in deleted, id in whole)
+        for (id, world), ranks in sorted(entries.items(), key=lambda e: e[0])
     ]
 
 

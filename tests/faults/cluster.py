@@ -30,21 +30,30 @@ from holdfast.agent.client import AgentClient
 from holdfast.agent.settings import NodeSettings
 from holdfast.errors import Corrupt
 from holdfast.snapshot.record import Record
+from holdfast.storage.tiers import Tier
 
 _ENDLESS = 1_000_000  # steps of a life that ends by being killed
+EACH = "disk-of-each-node"  # in the URL of a tier: every node has its own
 
 
 @dataclass(frozen=True, slots=True)
 class _Spec(Spec):
-    """*listen*: where other agents find this rank's agent, if not where it says."""
+    """
+    Attributes:
+        listen: where other agents find this rank's agent, if not where it says.
+        node: on which this rank runs.
+    """
 
     listen: str = ""
+    node: int = 0
 
 
 def _train(spec: _Spec, rank: int) -> None:
     """One life of one rank on one of several nodes; the entry of its process."""
     if spec.listen:
         _announce(spec.listen)
+    if spec.tiers:
+        _localise(spec.node)
     train(spec, rank)
 
 
@@ -67,6 +76,17 @@ def _announce(listen: str) -> None:
 
     checkpointer.gather_roster = gather_roster  # type: ignore[attr-defined]
     holding.Holding.inventory = inventory_of  # type: ignore[method-assign]
+
+
+def _localise(node: int) -> None:
+    """Have this process tell its agent of its own node's disk, where the tiers that all ranks name say ``EACH``."""
+    from holdfast.hooks import checkpointer
+
+    class Holding(checkpointer.Holding):  # type: ignore[name-defined,misc]
+        def __init__(self, *args: Any, tiers: Sequence[str], **options: Any) -> None:
+            super().__init__(*args, tiers=[tier.replace(EACH, f"disk{node}") for tier in tiers], **options)
+
+    checkpointer.Holding = Holding  # type: ignore[attr-defined]
 
 
 @dataclass(slots=True)
@@ -95,6 +115,8 @@ class Cluster:
         protect_s: the deadline for it.
         step_s: how long the device is at work in each step.
         options: further options of agents, by node.
+        tiers, grace: as in ``Checkpointer``; see ``EACH``.
+        cuts: lives that began after a power cut.
     """
 
     folder: Path
@@ -105,6 +127,9 @@ class Cluster:
     step_s: float = 0.02
     protect_s: float = DEADLINE_S
     options: dict[int, Sequence[str]] = field(default_factory=dict)
+    tiers: tuple[Tier, ...] = ()
+    grace: str | None = None
+    cuts: set[int] = field(default_factory=set)
     lives: int = 0
     kills: int = 0
     losses: int = 0
@@ -194,6 +219,17 @@ class Cluster:
         assert not set(which) & self.there.keys()
         self.begin(crash)
 
+    def cut_power(self) -> None:
+        """All nodes at once: nothing runs any more, and nothing is left in memory. Disks stay."""
+        for node in self.there.values():
+            node.agent.kill()
+        self.end_ranks()
+        for index in list(self.there):
+            node = self.there.pop(index)
+            self._kill_agent(node)
+            shutil.rmtree(node.shm)
+        self.cuts.add(self.lives + 1)
+
     def status(self, index: int) -> wire.StatusReport:
         with AgentClient.at(self._settings(index)) as client:
             return client.status(DEADLINE_S)
@@ -231,7 +267,8 @@ class Cluster:
         listen = f"{node.link.host}:{node.listen.rpartition(':')[2]}" if node.link else ""
         return _Spec(
             str(self.folder), str(node.shm), self.job, self.world, steps, self.strategy, self.lives, self.step_s, crash,
-            self.protect, self.protect_s, f"{node.shm}/agent.sock", listen,
+            self.protect, self.protect_s, f"{node.shm}/agent.sock", self.tiers, self.grace, listen=listen,
+            node=node.index,
         )  # fmt: skip
 
     def ranks_on(self, index: int) -> list[int]:
@@ -328,6 +365,15 @@ class Cluster:
         self.until(f"{snapshots} protected snapshots of life {self.lives}", lambda: len(newer()) >= snapshots)
         return max(newer())
 
+    def await_persisted(self, snapshots: int = 1) -> int:
+        """Until a rank knows so many snapshots of this life to be persisted everywhere; returns the newest."""
+
+        def found() -> set[int]:
+            return {e["persisted"] for e in self.this_life() if e.get("persisted")}
+
+        self.until(f"{snapshots} persisted snapshots of life {self.lives}", lambda: len(found()) >= snapshots)
+        return max(found())
+
     # -- damage ------------------------------------------------------------------------------------------------------
 
     def held(self, index: int, kind: str = "rank") -> dict[Path, Record]:
@@ -369,21 +415,23 @@ class Cluster:
     # -- judging -----------------------------------------------------------------------------------------------------
 
     def judge(self) -> list[int]:
-        """Every step of every life is bit for bit the reference's, and what any rank knew to be protected was not lost;
-        returns the steps that lives began from."""
+        """Every step of every life is bit for bit the reference's, and what any rank knew to be protected was not lost, nor,
+        after a power cut, what any knew to be persisted; returns the steps that lives began from."""
         logs = [self.log(rank) for rank in range(self.world)]
         truths = self.reference(max((e.get("step", 0) for log in logs for e in log), default=0))
-        protected, began = 0, []
+        protected, persisted, began = 0, 0, []
         for life in range(1, self.lives + 1):
             entries = [(rank, e) for rank, log in enumerate(logs) for e in log if e["life"] == life]
             restored = {e["restored"] for _, e in entries if "restored" in e}
             assert len(restored) <= 1, f"life {life}: ranks restored different steps: {restored}"
+            protected = persisted if life in self.cuts else protected
             for step in restored:
-                assert step >= protected, f"life {life} went back to {step}; {protected} was protected\n{self.errors()}"
+                assert step >= protected, f"life {life} went back to {step}; {protected} was safe\n{self.errors()}"
                 began.append(step)
             for rank, entry in entries:
                 self._check(rank, entry, truths[rank])
                 protected = max(protected, entry.get("watermark", 0))
+                persisted = max(persisted, entry.get("persisted", 0))
         return began
 
     def _check(self, rank: int, entry: dict[str, Any], truth: dict[int, dict[str, Any]]) -> None:

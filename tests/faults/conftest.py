@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faults.cluster import Cluster
 from faults.job import Job
 
 MakeJob = Callable[..., Job]
+MakeCluster = Callable[..., Cluster]
 
 
 @pytest.fixture
@@ -29,6 +31,23 @@ def make_job(tmp_path: Path) -> Iterator[MakeJob]:
     yield make
     for job in jobs:
         job.remove()
+
+
+@pytest.fixture
+def make_cluster(tmp_path: Path) -> Iterator[MakeCluster]:
+    """Makes clusters, and removes them with all that they left."""
+    made: list[Cluster] = []
+
+    def make(*args: Any, **options: Any) -> Cluster:
+        folder = tmp_path / f"cluster{len(made)}"
+        folder.mkdir()
+        cluster = Cluster(folder, *args, **options)
+        made.append(cluster)
+        return cluster
+
+    yield make
+    for cluster in made:
+        cluster.remove()
 
 
 @pytest.fixture

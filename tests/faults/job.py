@@ -28,8 +28,13 @@ from typing import Any
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP would warn of what it is told to do
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
+from holdfast.agent import wire_pb2 as wire
+from holdfast.agent.client import AgentClient
+from holdfast.agent.settings import NodeSettings
+from holdfast.storage.tiers import Tier
 from torch import nn
 
 DEADLINE_S = 60.0
@@ -148,6 +153,9 @@ class Spec:
     protect: str = "auto"
     protect_s: float = DEADLINE_S
     agent: str | None = None  # socket of an agent that is started again by others, not by the trainers
+    tiers: tuple[Tier, ...] = ()
+    grace: str | None = None
+    spill_s: float = DEADLINE_S
 
 
 def train(spec: Spec, rank: int) -> None:
@@ -168,7 +176,9 @@ def train(spec: Spec, rank: int) -> None:
         shm=spec.shm,
         agent=spec.agent,
         protect=spec.protect,
-        deadlines=Deadlines(attach=DEADLINE_S, restore=DEADLINE_S, protect=spec.protect_s),
+        tiers=spec.tiers,
+        grace=spec.grace,
+        deadlines=Deadlines(attach=DEADLINE_S, restore=DEADLINE_S, protect=spec.protect_s, spill=spec.spill_s),
     )
     with checkpointer as ckpt:
         restored = ckpt.restore() or 0
@@ -180,12 +190,15 @@ def train(spec: Spec, rank: int) -> None:
             stats = ckpt.stats()
             _write(
                 log, life=spec.life, step=step, loss=loss.hex(), digest=digest, taken=stats.taken,
-                skipped=dict(stats.skipped), watermark=ckpt.watermark or 0,
+                skipped=dict(stats.skipped), watermark=ckpt.watermark or 0, persisted=ckpt.persisted or 0,
             )  # fmt: skip
+            if ckpt.should_stop:
+                break
             if spec.world == 1 and os.path.exists(f"{spec.folder}/enough"):
                 break
             time.sleep(spec.step_s)  # the device computes
-    _write(log, life=spec.life, done=True)
+        stopped = ckpt.should_stop
+    _write(log, life=spec.life, done=True, stopped=stopped)
 
 
 def _prepare(spec: Spec, rank: int) -> None:
@@ -219,20 +232,27 @@ class Job:
     steps: int = 60
     strategy: str = "plain"
     step_s: float = 0.003
+    tiers: tuple[Tier, ...] = ()
+    grace: str | None = None
     lives: int = 0
     kills: int = 0
+    cuts: set[int] = field(default_factory=set)  # lives that began after a power cut
+    damaged: set[int] = field(
+        default_factory=set
+    )  # those that found tiers damaged: what they restore is looked at elsewhere
+    place: str = ""  # to tell several nodes apart
     name: str = field(default_factory=lambda: f"fault-{uuid.uuid4().hex[:8]}")
     ranks: list[BaseProcess] = field(default_factory=list)
     agent: subprocess.Popen[str] | None = None
 
     @property
     def shm(self) -> Path:
-        return Path(f"/dev/shm/{self.name}")
+        return Path(f"/dev/shm/{self.name}{self.place}")
 
     def spec(self, crash: str = "") -> Spec:
         return Spec(
             str(self.folder), str(self.shm), self.name, self.world, self.steps, self.strategy, self.lives,
-            self.step_s, crash,
+            self.step_s, crash, tiers=self.tiers, grace=self.grace,
         )  # fmt: skip
 
     # -- running -----------------------------------------------------------------------------------------------------
@@ -286,14 +306,16 @@ class Job:
                 os.kill(process.pid, signal.SIGKILL)
         for process in self.ranks:
             process.join(DEADLINE_S)
+        self.ranks = []
 
     def kill_ranks(self, *which: int) -> None:
         """SIGKILL, now."""
         for rank in which or range(self.world):
             pid = self.ranks[rank].pid
             assert pid is not None
-            os.kill(pid, signal.SIGKILL)
-            self.kills += 1
+            with contextlib.suppress(ProcessLookupError):  # it ended just now, by itself
+                os.kill(pid, signal.SIGKILL)
+                self.kills += 1
 
     def agent_pid(self) -> int | None:
         with contextlib.suppress(OSError, ValueError):
@@ -307,6 +329,27 @@ class Job:
                 os.kill(pid, number)
                 self.kills += number == signal.SIGKILL
 
+    def cut_power(self) -> None:
+        """All at once: nothing runs any more, and nothing is left in memory."""
+        self.end_ranks()
+        self._end_agents()
+        shutil.rmtree(self.shm, ignore_errors=True)
+        self.cuts.add(self.lives + 1)
+
+    def _end_agents(self) -> None:
+        """SIGKILL the agent, and any that a trainer is just starting in its place; see them gone."""
+        for process in psutil.process_iter(["cmdline"]):
+            if str(self.shm) in (process.info["cmdline"] or ()):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+                    self.kills += 1
+                await_gone(process.pid)
+        agent, self.agent = self.agent, None
+        if agent is not None:
+            agent.wait(DEADLINE_S)
+            assert agent.stdout is not None
+            agent.stdout.close()
+
     def finish(self, *, enough: bool = False) -> None:
         """Until all ranks have ended well. *enough*: after the step they are at (one rank only)."""
         if enough:
@@ -319,13 +362,12 @@ class Job:
     def remove(self) -> None:
         """Leave nothing behind."""
         self.end_ranks()
-        self.signal_agent()
-        if self.agent is not None:
-            self.agent.kill()
-            self.agent.wait(DEADLINE_S)
-            assert self.agent.stdout is not None
-            self.agent.stdout.close()
+        self._end_agents()
         shutil.rmtree(self.shm, ignore_errors=True)
+
+    def status(self) -> wire.StatusReport:
+        with AgentClient.at(NodeSettings.read({}, job=self.name, shm=str(self.shm))) as client:
+            return client.status(DEADLINE_S)
 
     # -- watching ----------------------------------------------------------------------------------------------------
 
@@ -358,23 +400,32 @@ class Job:
 
     # -- judging -----------------------------------------------------------------------------------------------------
 
+    def _safe(self, life: int) -> int:
+        """The newest step that any rank had reported as persisted before that life, and since tiers were damaged."""
+        since = max((one for one in self.damaged if one <= life), default=0)
+        logs = (self.log(rank) for rank in range(self.world))
+        return max((e.get("persisted", 0) for log in logs for e in log if since <= e["life"] < life), default=0)
+
     def judge(self) -> list[int]:
-        """Every step of every life is bit for bit the reference's; returns the steps that lives began from."""
+        """Every step of every life is bit for bit the reference's, and nothing that any rank knew to be safe was lost: complete
+        snapshots, and after a power cut those known to be persisted. Returns the steps that lives began from."""
         began: list[int] = []
         restored: dict[int, int] = {}
         for rank, truth in enumerate(self.reference()):
-            complete = 0
+            complete = last = 0
             for entry in self.log(rank):
+                if any(last < cut <= entry["life"] for cut in self.cuts):
+                    complete = self._safe(entry["life"])  # what only memory had is gone
+                last = entry["life"]
                 if "restored" in entry:
                     step = entry["restored"]
-                    assert step >= complete, (
-                        f"rank {rank} went back to {step}; {complete} was complete\n{self.errors()}"
-                    )
+                    assert step >= complete, f"rank {rank} went back to {step}; {complete} was safe\n{self.errors()}"
                     assert step == 0 or entry["digest"] == truth[step]["digest"], (
                         f"rank {rank}: another state at {step}"
                     )
                     assert restored.setdefault(entry["life"], step) == step, f"ranks restored different steps: {entry}"
                     began += [step] if rank == 0 else []
+                    complete = step
                 elif "step" in entry:
                     wanted = truth[entry["step"]]
                     assert entry["loss"] == wanted["loss"], f"rank {rank} step {entry['step']}: another loss"
@@ -382,6 +433,15 @@ class Job:
                     complete = max(complete, entry["watermark"])
             assert self.log(rank)[-1].get("done"), f"rank {rank} did not finish\n{self.errors()}"
         return began
+
+
+def await_gone(pid: int) -> None:
+    """Until a process that was killed holds nothing any more; its parent may be slow to hear of it."""
+    deadline_s = time.monotonic() + DEADLINE_S
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline_s, f"process {pid} does not end"
+            time.sleep(0.001)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -8,13 +8,13 @@ import random
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
 from faults.cluster import Cluster
+from faults.conftest import MakeCluster
 from holdfast.ops import certs
 
 AGENT_PLACES = [
@@ -47,24 +47,6 @@ TRAINER_PLACES = [
     "restore.inside-apply=1",
     "restore.applied=1",
 ]
-MakeCluster = Callable[..., Cluster]
-
-
-@pytest.fixture
-def make_cluster(tmp_path: Path) -> Iterator[MakeCluster]:
-    """Makes clusters, and removes them with all that they left."""
-    made: list[Cluster] = []
-
-    def make(*args: Any, **options: Any) -> Cluster:
-        folder = tmp_path / f"cluster{len(made)}"
-        folder.mkdir()
-        cluster = Cluster(folder, *args, **options)
-        made.append(cluster)
-        return cluster
-
-    yield make
-    for cluster in made:
-        cluster.remove()
 
 
 def _anywhere_in_a_step(cluster: Cluster, rng: random.Random) -> None:

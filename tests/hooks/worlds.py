@@ -38,10 +38,10 @@ _server.set_forkserver_preload(["torch.distributed.fsdp", "holdfast.hooks.checkp
 
 
 class Rank:
-    """What a scenario has: who it is, the node, and what was logged."""
+    """What a scenario has: who it is, the node, what the test has said, and what was logged."""
 
-    def __init__(self, rank: int, world: int, job: str) -> None:
-        self.rank, self.world, self.node = rank, world, Node(job)
+    def __init__(self, rank: int, world: int, job: str, said: Any = None) -> None:
+        self.rank, self.world, self.node, self.said = rank, world, Node(job), said
         self.logged: list[str] = []
 
     def barrier(self) -> None:
@@ -57,27 +57,32 @@ class _Listener(logging.Handler):
         self.said.append(record.getMessage())
 
 
-def _main(scenario: str, rank: int, world: int, job: str, store: str, said: Connection) -> None:
+def _main(
+    scenario: Callable[[Rank], Any], rank: int, world: int, job: str, store: str, said: Connection, told: Any
+) -> None:
     torch.set_num_threads(1)
-    here = Rank(rank, world, job)
+    here = Rank(rank, world, job, told)
     logging.getLogger("holdfast").addHandler(_Listener(here.logged))
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-        said.send((globals()[scenario](here), None))
+        said.send((scenario(here), None))
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
     except BaseException:  # noqa: BLE001 - it is shown where the test fails
         said.send((None, f"rank {rank}:\n{traceback.format_exc()}\n" + "\n".join(here.logged)))
 
 
-def run_world(scenario: Callable[[Rank], Any], world: int, node: Node) -> list[Any]:
-    """Run *scenario* on *world* ranks of *node*; what each returned. Fails with the first rank's traceback."""
+def run_world(scenario: Callable[[Rank], Any], world: int, node: Node, told: Any = None) -> list[Any]:
+    """Run *scenario* on *world* ranks of *node*; what each returned. Fails with the first rank's traceback.
+
+    *scenario* is a function of a module; it finds *told* in ``Rank.said``.
+    """
     with tempfile.TemporaryDirectory() as folder:
         ears, ranks = [], []
         for rank in range(world):
             ear, mouth = _server.Pipe(duplex=False)
             process = _server.Process(
-                target=_main, args=(scenario.__name__, rank, world, node.job, f"{folder}/store", mouth), daemon=True
+                target=_main, args=(scenario, rank, world, node.job, f"{folder}/store", mouth, told), daemon=True
             )
             process.start()
             mouth.close()

@@ -184,3 +184,13 @@ def test_a_tier_of_another_world_is_passed_over() -> None:
     found = plan([], 2, stored=[in_tier(a, (0, 3), world=3)])
     assert found.chosen is None
     assert "taken by 3 ranks" in found.rejected[0].reason
+
+
+def test_what_was_persisted_on_a_disk_that_is_lost_is_not_passed_over_in_silence() -> None:
+    """A part of a snapshot in a tier may be a spill that was cut short; unless it was known to be whole."""
+    part = in_tier(id(5), (0, 1))
+    assert plan([], 2, stored=[part]).loss is None
+    decision = plan([], 2, stored=[replace(part, whole=True)])
+    assert decision.chosen is None
+    assert decision.loss is not None
+    assert "rank 1 missing" in decision.explain()
