@@ -10,10 +10,11 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import Final
 
 from ..agent import wire_pb2 as wire
-from ..agent.client import id_of
-from ..errors import ConfigError, SnapshotSkipped
+from ..agent.client import id_of, told
+from ..errors import ConfigError, SnapshotSkipped, TierFull
 from ..snapshot.beat import NONE
 from ..snapshot.record import SnapshotId
 from ..storage.schedule import Begun, after, due, ended
@@ -22,6 +23,7 @@ from .holding import Holding
 from .ranks import Ranks
 
 _log = logging.getLogger(__name__)
+_AGAIN_S: Final = (15.0, 900.0)  # until another is spilled instead of one that failed: after the first, and at most
 
 
 class Spilling:
@@ -57,7 +59,8 @@ class Spilling:
         with self._lock:
             self._run = run
             self._begun = tuple(Begun(step) for _ in self.tiers)
-            self._asked = 0
+            self._asked = self._again = 0  # to how many tiers the next one goes; and one later on, as some failed
+            self._again_s, self._pause_s = 0.0, _AGAIN_S[0]
             self._marked: dict[SnapshotId, int] = {}
             self._persisted = NONE
             self._steps = (step, step)
@@ -78,7 +81,8 @@ class Spilling:
         with self._lock:
             step = 2 * self._steps[1] - self._steps[0]
             mask = due(self.tiers, self._begun, step=step, now_s=self._clock()) if self._asks else 0
-            return max(mask.bit_length(), self._asked)
+            again = self._again if self._clock() >= self._again_s else 0
+            return max(mask.bit_length(), self._asked, again)
 
     def begin(self, id: SnapshotId, tiers: int) -> None:
         """All ranks take *id*, and will spill it to the first *tiers* tiers once it is complete."""
@@ -87,6 +91,8 @@ class Spilling:
             self._begun = after(self._begun, (1 << tiers) - 1, step=id.step, now_s=self._clock())
             if self._asked <= tiers:
                 self._asked = 0
+            if self._again <= tiers:
+                self._again = 0
 
     def dropped(self, id: SnapshotId) -> None:
         """*id* was given up, and is not spilled: the next snapshot is, instead."""
@@ -138,8 +144,18 @@ class Spilling:
                 begun = list(self._begun)
                 begun[tier] = ended(begun[tier], None if spilled.error else spilled.seconds)
                 self._begun = tuple(begun)
-            if tier == 0 and not spilled.error:
+            if spilled.error:
+                self._try_again(tier, spilled.error)
+            elif tier == 0:
                 self._persisted = max(self._persisted, id.step)
+                self._pause_s = _AGAIN_S[0]
+
+    def _try_again(self, tier: int, error: str) -> None:
+        """What kept this rank's image out of a tier may be over long before the next one is due. Any rank's request counts."""
+        if not isinstance(told(error), TierFull):  # that costs a deletion each time
+            self._again = max(self._again, tier + 1)
+            self._again_s = self._clock() + self._pause_s
+            self._pause_s = min(2 * self._pause_s, _AGAIN_S[1])
 
     def _end(self, tiers: int, cost_s: float | None) -> None:
         self._begun = tuple(ended(b, cost_s) if i < tiers else b for i, b in enumerate(self._begun))
