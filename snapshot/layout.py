@@ -1,9 +1,8 @@
 """The layout of an image: which slice of which tensor lies at which byte.
 
 An image is ``tensors | values``: the tensors' bytes at the offsets that the layout gives, 64-byte aligned, large ones at
-pages; then, from
-``values_offset`` to the end of the image, the eager values as one ``codec`` message whose length may differ from step to
-step. A layout is immutable, numbered within its arena, and travels as canonical JSON text (``Layout.to_text``).
+pages; then, from ``values_offset`` to the end of the image, the eager values as one ``codec`` message whose length may differ
+from step to step. A layout is immutable, numbered within its arena, and travels as canonical JSON text (``Layout.to_text``).
 """
 
 from __future__ import annotations

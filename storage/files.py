@@ -319,6 +319,11 @@ class FileStore:
             work.go_on()
             yield folder
 
+    def _check_root(self) -> None:
+        """A tier without a folder is one that holds nothing yet; something else in its place is none."""
+        if self._root.exists() and not self._root.is_dir():
+            raise TierUnreachable(f"{self.url}: listing: there is something else than a folder")
+
     def _names(self, folder: Path, *, folders: bool) -> Names:
         """Links are none of ours: they are not followed, and lead nowhere out of the tier."""
         with os.scandir(folder) as entries:
@@ -329,6 +334,7 @@ class FileStore:
             ]
 
     def _objects(self, work: Work, prefix: str) -> Iterator[Found]:
+        self._check_root()
         for folder in self._walk(work, self._root / prefix):
             with suppress(FileNotFoundError):
                 for name in self._names(folder, folders=False):
@@ -339,6 +345,7 @@ class FileStore:
                             yield Found(key, about.st_size, about.st_mtime)
 
     def _children(self, prefix: str) -> Names:
+        self._check_root()
         with suppress(FileNotFoundError, NotADirectoryError):
             return sorted(name for name in self._names(self._root / prefix, folders=True) if is_key(name))
         return []

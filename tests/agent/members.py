@@ -50,7 +50,7 @@ class Wires(Peers):
         super().__init__(JOB, name, None)
         self._group = group
 
-    async def _ask(self, address: str, method: str, request: Any, reply: type[Any]) -> Any:
+    async def _ask(self, address: str, method: str, request: Any, reply: type[Any], timeout_s: float = WAIT_S) -> Any:
         member = self._group.by_address(address)
         self._group.asked.append((self._agent, member.name, method))
         if self._agent in self._group.down or member.name in self._group.down:

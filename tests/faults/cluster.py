@@ -82,11 +82,11 @@ def _localise(node: int) -> None:
     """Have this process tell its agent of its own node's disk, where the tiers that all ranks name say ``EACH``."""
     from holdfast.hooks import checkpointer
 
-    class Holding(checkpointer.Holding):  # type: ignore[name-defined,misc]
+    class Holding(checkpointer.Holding):  # type: ignore[name-defined]
         def __init__(self, *args: Any, tiers: Sequence[str], **options: Any) -> None:
             super().__init__(*args, tiers=[tier.replace(EACH, f"disk{node}") for tier in tiers], **options)
 
-    checkpointer.Holding = Holding  # type: ignore[attr-defined]
+    checkpointer.Holding = Holding  # type: ignore[assignment,attr-defined]
 
 
 @dataclass(slots=True)

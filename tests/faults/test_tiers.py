@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -102,6 +101,22 @@ def test_the_agent_dies_at_a_named_place_of_a_spill(
         assert max(look(tier)) > before
     _end(job)
     job.judge()
+
+
+def test_trainers_die_while_their_images_are_spilled(make_job: MakeJob, rng: random.Random, tmp_path: Path) -> None:
+    """The agent goes on with what it has begun, or gives it up when the next life takes the slot; both ways nothing is lost."""
+    job = make_job(world=2, strategy="fsdp2", steps=ENDLESS, tiers=(tier := _tier(tmp_path / "nvme"),))
+    for turn in range(6):
+        job.start()
+        job.wait_for("persisted step", lambda log: any(e["life"] == job.lives and e.get("persisted") for e in log))
+        time.sleep(rng.uniform(0, 0.1))
+        job.kill_ranks(rng.randrange(2))
+        if turn % 3 == 2:
+            job.cut_power()
+            assert look(tier)[-1] >= _persisted(job)
+        job.end_ranks()
+    _end(job)
+    assert min(job.judge()[1:]) > 0
 
 
 def _persist(job: Job, newer_than: int) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from holdfast.snapshot import recovery
 from holdfast.snapshot.record import SnapshotId
-from holdfast.snapshot.recovery import HeldParity, Plan, Rebuilt
+from holdfast.snapshot.recovery import Held, HeldParity, Plan, Rebuilt
 
 from .agents import Agent, Roster, members
 from .memory import Memory, Page, SlotMemory, Watch, content_of
@@ -262,6 +262,7 @@ class Truth:
                     f"{found.chosen} of rank {rank} would come back torn"
                 )
             else:
+                assert isinstance(source, Held)
                 assert source.id == found.chosen
 
     def obtain(self, id: SnapshotId, rank: int, memories: list[Memory]) -> Page | None:
