@@ -28,7 +28,6 @@ from torch.utils.hooks import RemovableHandle
 
 from .._version import __version__
 from ..agent import wire_pb2 as wire
-from ..agent.client import LAYOUT_BYTES_LIMIT
 from ..agent.settings import NodeSettings
 from ..errors import HoldfastError, SnapshotSkipped, StateUnreachable
 from ..snapshot.arena import Slot
@@ -563,8 +562,8 @@ class Checkpointer:
             return "copy-under-way"
         if not self._binder.finish(0.0):
             return "layout-pending"
-        if self._binder.text_bytes > LAYOUT_BYTES_LIMIT:  # agents could not tell each other of it
-            self._books.say("layout", too_many_tensors(self._binder.text_bytes))
+        if (refusal := too_many_tensors(self._binder.text_bytes)) is not None:
+            self._books.say("layout", refusal)
             return "layout-too-large"
         return self._holding.objection() or ""
 

@@ -18,10 +18,12 @@ _ENTRY_BYTES: Final = 120  # of one slice in a layout text, without its name
 _VALUES_ROOM: Final = 1.5  # values may grow to so many times their first size before a slot has to grow
 
 
-def too_many_tensors(nbytes: int) -> StateRefused:
-    """The refusal of a state whose layout text takes so many bytes."""
+def too_many_tensors(text_bytes: int) -> StateRefused | None:
+    """The refusal of a state whose layout text takes so many bytes, if agents could not tell each other of it."""
+    if text_bytes <= LAYOUT_BYTES_LIMIT:
+        return None
     return StateRefused(
-        f"the state has so many tensors that to list them takes {nbytes} bytes, and {LAYOUT_BYTES_LIMIT} are the limit"
+        f"the state has so many tensors that to list them takes {text_bytes} bytes, and {LAYOUT_BYTES_LIMIT} are the limit"
     )
 
 
@@ -40,7 +42,7 @@ def look_through(
     values = encode(state.values(state.survey()), "state", to_leaf)
     image_bytes = state.predicted_bytes() + int(values.nbytes * _VALUES_ROOM) + _ROOM_BYTES
     names = sum(len(item.slice.name) + _ENTRY_BYTES for item in state.survey().items)
-    if names > LAYOUT_BYTES_LIMIT:
-        raise too_many_tensors(names)
+    if (refusal := too_many_tensors(names)) is not None:
+        raise refusal
     # Optimizer state adds a few tensors per parameter, under longer names.
     return state, image_bytes, table_bytes_for(image_bytes, 6 * names)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from holdfast import Checkpointer, Ticket
 from holdfast.errors import ConfigError, LayoutMismatch, SnapshotSkipped, StateRefused, StateUnreachable
-from holdfast.hooks import checkpointer
+from holdfast.hooks import sizing
 from holdfast.tests.hooks.nodes import Node, bits, bits_of_models, bits_of_optimizers, until
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -202,10 +202,10 @@ def test_a_layout_that_agents_could_not_tell_each_other_of(
 ) -> None:
     """Refused when it is clear at attach; if only the optimizer's state makes it so long, counted, said, and trained on."""
     loop = Loop.make()
-    monkeypatch.setattr(checkpointer, "LAYOUT_BYTES_LIMIT", 500)
+    monkeypatch.setattr(sizing, "LAYOUT_BYTES_LIMIT", 500)
     with pytest.raises(StateRefused, match=r"to list them takes \d{3} bytes, and 500 are the limit"):
         shared.attach(loop.model, loop.optimizer)
-    monkeypatch.setattr(checkpointer, "LAYOUT_BYTES_LIMIT", 1000)
+    monkeypatch.setattr(sizing, "LAYOUT_BYTES_LIMIT", 1000)
     with shared.attach(loop.model, loop.optimizer) as ckpt:
         for step in (1, 2, 3):
             loop.turn()
