@@ -341,6 +341,13 @@ def _client_options(scheme: str, environment: Mapping[str, str]) -> dict[str, An
     return options
 
 
+def _where(error: configparser.Error | UnicodeDecodeError) -> str:
+    """What kind of error, and its line: no more, as what the parsers say quotes the file, and secrets are in it."""
+    lines = [getattr(error, "lineno", None), *(line for line, _ in getattr(error, "errors", ()))]
+    line = next((number for number in lines if isinstance(number, int)), None)
+    return type(error).__name__ + (f" in line {line}" if line is not None else "")
+
+
 def _aws_files(environment: Mapping[str, str]) -> dict[str, str]:
     """What the AWS credentials and config files say of the chosen profile, unless the environment gives credentials.
 
@@ -357,10 +364,11 @@ def _aws_files(environment: Mapping[str, str]) -> dict[str, str]:
         ("AWS_SHARED_CREDENTIALS_FILE", "credentials", profile),
     ):
         file = configparser.RawConfigParser()
+        path = Path(environment.get(variable) or home / name)
         try:
-            file.read(environment.get(variable) or home / name)
+            file.read(path)
         except (configparser.Error, UnicodeDecodeError) as error:
-            raise ConfigError(f"{environment.get(variable) or home / name} is no AWS profile file: {error}") from error
+            raise ConfigError(f"{path} is no AWS profile file: {_where(error)}") from None
         if file.has_section(section):
             found.update(file.items(section))
     if not found and environment.get("AWS_PROFILE"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import traceback
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,6 +128,16 @@ def test_messages_are_short_and_carry_no_signatures() -> None:
         == "GET https://a.blob/x failed"
     )
     assert _reason(Exception("404: <Error><Code>No</Code> <Message>Not here</Message></Error>")) == "No: Not here"
+
+
+@pytest.mark.parametrize("text", ["aws_secret_access_key = SECRET\n", "[default]\naws_secret_access_key SECRET\n",
+                                  "[SECRET]\n[SECRET]\n", "[default]\nSECRET=1\nSECRET=2\n"])  # fmt: skip
+def test_no_error_quotes_a_file_of_secrets(tmp_path: Path, text: str) -> None:
+    (tmp_path / ".aws").mkdir()
+    (tmp_path / ".aws/credentials").write_text(text)
+    with pytest.raises(ConfigError, match=r"credentials is no AWS profile file: \w+ in line \d") as caught:
+        _aws_files({"HOME": str(tmp_path)})
+    assert "SECRET" not in "".join(traceback.format_exception(caught.value))
 
 
 def test_profiles_of_aws(tmp_path: Path) -> None:
