@@ -9,8 +9,9 @@ One snapshot goes in this order, and whoever comes later takes it up where it wa
 3. its entries, then its data, then leases that were left.
 4. a day later, when nothing of it is left, the tombstone. A writer that was suspended meanwhile has given up long before.
 
-What is incomplete is garbage only once a newer snapshot is complete (``retention``), and only if nothing was written to it for
-a while: somebody may still be at it. How old anything is, the store's own clock says, never ours.
+What is incomplete is garbage only once a newer snapshot is complete, or several newer ones have been begun (``retention``),
+and only if nothing was written to it for a while: somebody may still be at it. How old anything is, the store's own clock
+says, never ours.
 """
 
 from __future__ import annotations
@@ -213,7 +214,11 @@ class Pruner:
     def _present(self, seen: Seen, now_s: float, persisted: SnapshotId | None) -> Present:
         # What other disks hold is not known. That an older one is incomplete there is rare, and then one too many is kept.
         here = persisted is not None and seen.id <= persisted and bool(seen.entries)
-        return Present(seen.id, seen.complete if self._shared else here, any_fresh(seen.leases, now_s))
+        in_use = any_fresh(seen.leases, now_s)
+        if self._shared:
+            return Present(seen.id, seen.complete, in_use)
+        # Once all ranks have said that they have it, nobody looks whether it still is here: so it must be.
+        return Present(seen.id, here, in_use, elsewhere=bool(seen.entries))
 
     @staticmethod
     def _nobodys(seen: Seen) -> Verdict:

@@ -1,7 +1,7 @@
 """Which snapshots of one job stay in a tier, and which go. Pure: a function of a listing and of what the user wants kept.
 
-What always stays: the newest complete snapshot; everything newer, as it may yet become complete; what somebody reads.
-What stays because the user says so: the newest few complete ones, and milestones. Everything else goes.
+What always stays: the newest complete snapshot; of what is newer, the newest few, as they may yet become complete; what
+somebody reads. What stays because the user says so: the newest few complete ones, and milestones. Everything else goes.
 
 Two runs of one generation both went back to the same point, and may both be alive, each thinking that it is the job. So
 neither's snapshots count against the other's, until a later generation shows which of them the job went on from.
@@ -12,17 +12,28 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Final
 
 from ..snapshot.record import SnapshotId
+
+HOPES: Final = 2
+"""So many incomplete snapshots of a run may become complete yet: the one being written, and one that ranks are late with.
+Were it all of them, a tier in which nothing gets complete would be full one day, and stay so."""
 
 
 @dataclass(frozen=True, slots=True)
 class Present:
-    """A snapshot of which anything is there. ``in_use``: somebody reads it, or copies from it."""
+    """A snapshot of which anything is there.
+
+    Attributes:
+        in_use: somebody reads it, or copies from it.
+        elsewhere: what is missing may be on other nodes' disks. They may rely on what is here.
+    """
 
     id: SnapshotId
     complete: bool
     in_use: bool = False
+    elsewhere: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +61,16 @@ def decide(present: Iterable[Present], keep: int, milestone_steps: int | None = 
     stays |= dict.fromkeys(_newest(complete, keep), f"one of the newest {keep}")
     if complete:
         stays[complete[-1]] = "the newest complete one"
+    hopeful = [one for one in listed if not one.complete and _is_hopeful(one.id, complete)]
+    hope = "newer than the newest complete one" if complete else "none is complete yet"
+    stays |= dict.fromkeys(_hopes(hopeful, listed), hope)
+    given_up = {one.id for one in hopeful}
     verdicts = []
     for one in listed:
-        reason = stays.get(one.id) or (None if one.complete else _hope(one.id, complete))
-        if reason is None and one.in_use:
-            reason = "somebody reads it"
+        reason = stays.get(one.id) or ("somebody reads it" if one.in_use else None)
         goes = f"older than the newest {keep}" if one.complete else "incomplete, and a newer one is complete"
+        if one.id in given_up:
+            goes = "incomplete, and newer ones have been begun"
         verdicts.append(Verdict(one.id, reason is None, reason or goes))
     return verdicts
 
@@ -68,16 +83,24 @@ def _newest(complete: Sequence[SnapshotId], keep: int) -> set[SnapshotId]:
     return newest
 
 
-def _hope(id: SnapshotId, complete: Sequence[SnapshotId]) -> str | None:
-    """Why an incomplete snapshot may still become complete, and be wanted; None if it is garbage."""
+def _is_hopeful(id: SnapshotId, complete: Sequence[SnapshotId]) -> bool:
+    """Whether an incomplete snapshot would be wanted if it became complete."""
     if not complete:
-        return "none is complete yet"
+        return True
     if id.generation < complete[-1].generation:
-        return None
+        return False
     same_run = [other for other in _last_generation(complete) if other.run == id.run]
-    if id.generation > complete[-1].generation or not same_run or id > same_run[-1]:
-        return "newer than the newest complete one"
-    return None
+    return id.generation > complete[-1].generation or not same_run or id > same_run[-1]
+
+
+def _hopes(hopeful: Sequence[Present], listed: Sequence[Present]) -> set[SnapshotId]:
+    """Those of *hopeful* that stay: the newest few of each run of the newest generation, and of all that came before."""
+    stays = {one.id for one in hopeful if one.elsewhere}
+    earlier = [one.id for one in hopeful if one.id.generation < listed[-1].id.generation]
+    stays.update(earlier[-HOPES:])
+    for _, ids in _runs(one.id for one in hopeful if one.id.generation == listed[-1].id.generation):
+        stays.update(ids[-HOPES:])
+    return stays
 
 
 def _milestones(complete: Sequence[SnapshotId], steps: int | None) -> set[SnapshotId]:

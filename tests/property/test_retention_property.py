@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 ids = st.builds(SnapshotId, st.integers(1, 4), st.integers(0, 30), st.sampled_from(["a" * 32, "b" * 32]))
 listings = st.lists(
-    st.builds(Present, ids, st.booleans(), st.sampled_from([False, False, False, True])),
+    st.builds(
+        Present, ids, st.booleans(), st.sampled_from([False, False, False, True]), st.sampled_from([False, False, True])
+    ),
     max_size=25,
     unique_by=lambda one: one.id,
 )
@@ -27,15 +29,18 @@ def test_the_rules(listing: list[Present], keep: int, multiple: int | None) -> N
     complete = sorted(one.id for one in listing if one.complete)
     assert not goes & set(complete[-keep:])
     for one in listing:
-        if one.in_use or not complete or one.id > complete[-1]:
+        newer = sum(other.id > one.id and not other.complete for other in listing)
+        if one.in_use or ((not complete or one.id > complete[-1]) and (one.elsewhere or newer < 2)):
             assert one.id not in goes
         if not one.complete and complete and one.id.generation < complete[-1].generation and not one.in_use:
             assert one.id in goes, "a later generation is complete: nobody finishes this"
+        later = [
+            o for o in listing if o.id > one.id and (o.id.run == one.id.run or o.id.generation > one.id.generation)
+        ]
         if not one.complete and one.id in goes:
-            assert any(
-                other > one.id and (other.run == one.id.run or other.generation > one.id.generation)
-                for other in complete
-            )
+            assert any(other.complete for other in later) or len(later) >= 2
+    hopes = [one for one in listing if not (one.complete or one.in_use or one.elsewhere or one.id in goes)]
+    assert len(hopes) <= 2 * 3, "two of each of two runs, and two of what was before"
     if multiple is None:
         for run in ("a" * 32, "b" * 32):
             newest = [id for id in complete if id.generation == complete[-1].generation and id.run == run]

@@ -379,6 +379,30 @@ def test_a_limit_counts_all_that_is_held(place: Place) -> None:
     assert complete(place) == [at(20), at(30)]
 
 
+def test_a_tier_full_of_what_nobody_finished_has_room_again(place: Place) -> None:
+    spill(place, at(10))
+    for step in range(20, 30):
+        spill(place, at(step), range(1))
+    place.now_s += QUIET_S + 1
+    spill(place, at(30), range(1))
+    limited = settings(limit_bytes=(1 << 20) + 1_000)
+    assert run(Pruner(ImaginedStore(place), limited, "ours").make_room(200)) is None
+    assert [step for step in range(10, 31) if left(place, at(step))] == [10, 29, 30]
+
+
+def test_what_is_late_but_still_being_written_stays(place: Place) -> None:
+    spill(place, at(10))
+    for step in (20, 30, 40):
+        spill(place, at(step), range(1))
+    assert not prune(place).removals, "written to a moment ago"
+    place.now_s += QUIET_S - 1
+    place.put(f"{data_of(at(20))}ranks/000001/values/c/0", bytes(100))
+    place.now_s += 2
+    assert not prune(place).removals
+    place.now_s += QUIET_S
+    assert [removal.id for removal in prune(place).removals] == [at(20)]
+
+
 def death(place: Place, effects: int) -> bool:
     """Prune, and die before one more effect than *effects*; whether it came to its end before."""
     return run(Pruner(ImaginedStore(place), settings(), "ours").prune(), effects=effects) is not None

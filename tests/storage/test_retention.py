@@ -35,6 +35,25 @@ def test_a_later_run_makes_room_for_itself() -> None:
     assert stay(present) == [(1, 110), (2, 90), (2, 95)]
 
 
+def test_of_what_is_newer_the_newest_two_stay() -> None:
+    """Else nothing would ever make room in a tier in which snapshots no longer get complete."""
+    late = [at(step, complete=False) for step in range(20, 30)]
+    assert stay([at(10), *late]) == [(1, 10), (1, 28), (1, 29)]
+    assert stay(late) == [(1, 28), (1, 29)], "none is complete yet"
+    assert stay([at(10), *late, at(5, run=B, complete=False)]) == [(1, 5), (1, 10), (1, 28), (1, 29)]
+    assert decide([at(10), *late], 1)[1].reason == "incomplete, and newer ones have been begun"
+
+
+def test_lives_that_complete_nothing_do_not_fill_a_tier() -> None:
+    lives = [at(20 + step, life, f"{life:032x}", complete=False) for life in range(2, 30) for step in (0, 1, 2)]
+    assert stay([at(10), *lives]) == [(1, 10), (28, 21), (28, 22), (29, 21), (29, 22)]
+
+
+def test_what_other_disks_may_rely_on_stays() -> None:
+    here = [Present(SnapshotId(1, step, A), complete=False, elsewhere=True) for step in range(20, 30)]
+    assert len(stay([at(10), *here])) == 11
+
+
 def test_what_is_read_stays() -> None:
     assert stay([at(10, in_use=True), at(15, complete=False, in_use=True), at(20), at(30)], keep=1) == [
         (1, 10),
