@@ -34,7 +34,7 @@ PLACES: Final = frozenset(
         "complete.unmarked",  # trainer: a snapshot is protected everywhere, its slot does not say so yet
         "complete.marked",  # trainer: the slot says so
         "spill.begun",  # agent: an image is verified in its slot, nothing of it is written to the tier
-        "spill.metadata",  # agent: a spill has described its arrays, none of them has a chunk
+        "spill.metadata",  # agent: a spill has made what describes its arrays, and has written nothing
         "spill.chunk",  # agent: one more chunk is written, perhaps not yet durable
         "spill.written",  # agent: all of an image is written, perhaps not yet durable
         "spill.settled",  # agent: all of it is durable, no entry says so

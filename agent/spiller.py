@@ -51,6 +51,7 @@ class _Tier:
     """One tier: what was said of it, its store once it is used, and figures."""
 
     settings: TierSettings
+    uploads: asyncio.Semaphore
     turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_AT_ONCE))
     store: Store | None = None
     status: wire.TierStatus = field(default_factory=wire.TierStatus)
@@ -61,7 +62,8 @@ class _Tier:
     def of(cls, settings: TierSettings) -> _Tier:
         """A tier that nothing was done with yet."""
         bucket = Pace(settings.bytes_per_s) if settings.bytes_per_s is not None else None
-        return cls(settings, status=wire.TierStatus(url=settings.url), bucket=bucket)
+        uploads = asyncio.Semaphore(settings.uploads)
+        return cls(settings, uploads, status=wire.TierStatus(url=settings.url), bucket=bucket)
 
     async def pace(self, nbytes: int) -> None:
         """Return when so much more may be written."""
@@ -297,7 +299,9 @@ class Spiller:
             await self._make_room(job, tier, entry.image_bytes)
             still = partial(_lately, _uptime_s())
             return (
-                await copy_rank(source, target, job.id, job.rank, job.world, still=still, pace=tier.pace)
+                await copy_rank(
+                    source, target, job.id, job.rank, job.world, still=still, uploads=tier.uploads, pace=tier.pace
+                )
             ).stored_bytes
 
     async def _from_slot(self, job: _Job, tier: _Tier) -> int:
@@ -314,17 +318,29 @@ class Spiller:
             return _lately(began_s) and _holds(look, record)
 
         checks, text = slot.read_tables(record)
-        found = await asyncio.to_thread(slot.checksums, record.image_bytes, record.block_bytes)
-        if not still():
-            raise SnapshotSkipped(f"the image of {job.id} of rank {job.rank} was overwritten before it was spilled")
-        if not np.array_equal(found, checks):
-            raise Corrupt(f"the image of {job.id} of rank {job.rank} is damaged in memory; it is not spilled")
+
+        async def check() -> None:
+            found = await asyncio.to_thread(slot.checksums, record.image_bytes, record.block_bytes)
+            if not still():
+                raise SnapshotSkipped(f"the image of {job.id} of rank {job.rank} was overwritten while it was spilled")
+            if not np.array_equal(found, checks):
+                raise Corrupt(f"the image of {job.id} of rank {job.rank} is damaged in memory; it is not spilled")
+
         image = Image(
             job.id, job.rank, record.world, record.watermark, self._job, Layout.from_text(text),
             slot.image[: record.image_bytes],
         )  # fmt: skip
         reach("spill.begun")
-        return (await write_image(tier.opened(), image, still=still, pace=tier.pace)).stored_bytes
+        sound = asyncio.create_task(check())  # while it is written: a disk leaves the processor time for that
+        try:
+            entry = await write_image(
+                tier.opened(), image, still=still, sound=sound, uploads=tier.uploads, pace=tier.pace
+            )
+        finally:
+            await ended([sound])
+            if not sound.cancelled():
+                sound.exception()  # looked at: if something else failed before, nobody needs it
+        return entry.stored_bytes
 
     async def _mark(self, tier: _Tier) -> None:
         """Say beside this node's part of a snapshot that the others have theirs.

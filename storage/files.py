@@ -8,14 +8,16 @@ it, renames it, and syncs its folder and those above, up to the tier's own:
     power cut before the last   the old object or the new one: the file was synced before it got its name
     folder is synced
 
-Puts that may wait stay temporary files until ``settle``: then all are synced, then all renamed, then every folder is
-synced once. The first sync makes the file system commit what the others would wait for.
+Puts that may wait stay temporary files until ``settle``, small ones in memory: then all are written and synced, then all
+renamed, then every folder is synced once. The first sync makes the file system commit what the others would wait for, and
+several at a time share one flush of the device.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import os
 import re
 import stat
@@ -24,7 +26,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -33,7 +35,7 @@ from typing import Final, TypeVar
 
 from ..crashpoints import reach
 from ..errors import Corrupt, HoldfastError, ObjectMissing, TierError, TierFull, TierUnreachable
-from .disk import Disk, quietly_unlink
+from .disk import Disk, as_bytes, quietly_unlink
 from .store import GET_BYTES, TIMEOUT_S, Buffer, Found, Names, checked, checked_prefix, is_key
 from .work import Work, in_thread, soon
 
@@ -41,20 +43,27 @@ THREADS: Final = 4  # that many calls keep a disk busy; each has a bounce buffer
 UNSYNCED_FILES: Final = (
     128  # descriptors kept for settle: a file's failure to get to the disk is told to one who has it open
 )
+SYNCS: Final = 8  # at a time: whoever syncs only waits
+HELD_BYTES: Final = 64 << 10  # an object that may wait and is no longer than this is kept in memory until it is synced
 _TEMPORARY: Final = re.compile(r"\.tmp-([0-9a-f]{8})-([0-9]{1,10})-[0-9a-f]{32}", re.ASCII)
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _ABSENT: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG})
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 @dataclass(eq=False, slots=True)
 class _Draft:
-    """A temporary file that is to become the object *key*. *fd* is closed, and None, once the file is synced."""
+    """A temporary file that is to become the object *key*. *fd* is closed, and None, once the file is synced.
+
+    Without a file yet, *held* is what is to be written to it.
+    """
 
     key: str
     temporary: Path
     path: Path
     fd: int | None
+    held: bytes | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -71,6 +80,7 @@ class FileStore:
         self._timeout_s = timeout_s
         self._disk = disk or Disk()
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="tier")
+        self._syncers = ThreadPoolExecutor(SYNCS, thread_name_prefix="sync")
         self._slots = asyncio.Semaphore(THREADS)  # so that nobody's deadline runs while others' work goes on
         self._settling = asyncio.Lock()
         self._lock = threading.Lock()  # of the two below
@@ -78,17 +88,27 @@ class FileStore:
         self._lost: dict[str, OSError] = {}
         self._renamed_in: set[Path] = set()  # folders that settle has yet to sync; only whoever settles changes it
         self._open_count = 0
+        self._names_from, self._number = uuid.uuid4().hex[:20], itertools.count()
         self._closed = False
 
     async def put(self, key: str, parts: Sequence[Buffer], *, durable: bool = True) -> None:
         """See Store. A second put of a key that waits for ``settle`` takes the place of the first."""
         checked(key)
-        await self._run("write", key, lambda work: self._put(work, key, parts, durable))
+        if not durable and sum(as_bytes(part).nbytes for part in parts) <= HELD_BYTES:
+            await self._hold(key, b"".join(as_bytes(part).data for part in parts))
+        else:
+            await self._run("write", key, lambda work: self._put(work, key, parts, durable))
         self._open_count += not durable
         if self._open_count >= UNSYNCED_FILES:
             self._open_count = 0
             async with self._settling:
                 await self._run("write", key, self._sync_drafts)
+
+    async def _hold(self, key: str, data: bytes) -> None:
+        path = self._root / key
+        earlier = self._keep(_Draft(key, self._temporary_beside(path), path, None, data))
+        if earlier is not None:
+            await self._run("write", key, lambda work: self._discard(earlier))
 
     async def settle(self) -> None:
         """See Store."""
@@ -146,6 +166,7 @@ class FileStore:
         with suppress(TierError):
             await self._run("close", "", lambda work: self._discard_all())
         self._pool.shutdown(wait=False)
+        self._syncers.shutdown(wait=False)
 
     # ---- in threads, from here on ----
 
@@ -170,33 +191,65 @@ class FileStore:
         except BaseException:
             self._discard(draft)
             raise
+        earlier = self._keep(draft) if not durable else self._take_back(key)
+        if earlier is not None:
+            self._discard(earlier)  # settling must not put it in place of this one
+
+    def _keep(self, draft: _Draft) -> _Draft | None:
+        """*draft* waits for ``settle``; returns the one that has waited under its key."""
+        with self._lock:
+            self._lost.pop(draft.key, None)
+            earlier, self._drafts[draft.key] = self._drafts.get(draft.key), draft
+        return earlier
+
+    def _take_back(self, key: str) -> _Draft | None:
+        """Nothing waits for ``settle`` under *key* any more; returns what did."""
         with self._lock:
             self._lost.pop(key, None)
-            earlier = self._drafts.pop(key, None)  # settling must not put it in place of this one
-            if not durable:
-                self._drafts[key] = draft
-        if earlier is not None:
-            self._discard(earlier)
+            return self._drafts.pop(key, None)
 
     def _draft(self, key: str) -> _Draft:
         path = self._root / key
-        temporary = path.parent / f".tmp-{_host()}-{os.getpid()}-{uuid.uuid4().hex}"
+        draft = _Draft(key, self._temporary_beside(path), path, None)
+        self._create(draft)
+        return draft
+
+    def _temporary_beside(self, path: Path) -> Path:
+        return path.parent / f".tmp-{_host()}-{os.getpid()}-{self._names_from}{next(self._number):012x}"
+
+    def _create(self, draft: _Draft) -> None:
         for _ in range(20):  # another process may remove a folder that is empty, between our making it and our using it
             with suppress(FileNotFoundError):
-                self._make_folder(path.parent)
-                return _Draft(key, temporary, path, self._disk.create(temporary))
-        self._make_folder(path.parent)
-        return _Draft(key, temporary, path, self._disk.create(temporary))
+                draft.fd = self._disk.create(draft.temporary)
+                return
+            with suppress(FileNotFoundError):
+                self._make_folder(draft.path.parent)
+        draft.fd = self._disk.create(draft.temporary)
 
     def _make_folder(self, folder: Path) -> None:
-        if folder.is_dir():
-            return
-        self._make_folder(folder.parent)
-        if self._disk.make_folder(folder):
+        try:
+            made = self._disk.make_folder(folder)
+        except FileNotFoundError:
+            if folder.parent == folder:
+                raise
+            self._make_folder(folder.parent)
+            made = self._disk.make_folder(folder)
+        if made:
             if self._root not in folder.parents:  # those inside the tier are synced with what is in them
                 self._sync_folder(folder.parent)
         elif not folder.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+
+    def _write_held(self, draft: _Draft) -> None:
+        with draft.lock:
+            if draft.held is None:
+                return
+            self._create(draft)
+            reach("spill.temporary-made")
+            assert draft.fd is not None
+            self._disk.write(draft.fd, [draft.held], Work())  # memory of ours: nobody waits for it to be let go
+            draft.held = None
+            reach("spill.temporary-written")
 
     def _sync(self, draft: _Draft) -> None:
         with draft.lock:
@@ -210,7 +263,9 @@ class FileStore:
             if draft.fd is not None:
                 os.close(draft.fd)
                 draft.fd = None
-        quietly_unlink(self._disk, draft.temporary)
+            there, draft.held = draft.held is None or draft.temporary.exists(), None
+        if there:
+            quietly_unlink(self._disk, draft.temporary)
 
     def _forget(self, keys: Sequence[str]) -> None:
         with self._lock:
@@ -245,13 +300,35 @@ class FileStore:
                 raise
             # A folder above the tier that we may not read: whoever made the tier there answers for it.
 
-    def _sync_drafts(self, work: Work) -> None:
-        for draft in list(self._drafts.values()):
+    def _sync_drafts(self, work: Work) -> Sequence[_Draft]:
+        """Have what waits now on the device; returns it, what could not get there left out."""
+        with self._lock:
+            drafts = list(self._drafts.values())
+        for draft in drafts:
             work.go_on()
-            try:
-                self._sync(draft)
-            except OSError as error:
-                self._lose(draft, error)
+            self._or_lose(draft, self._write_held)
+        self._in_parallel(work, drafts, lambda draft: self._or_lose(draft, self._sync))
+        with self._lock:
+            return [draft for draft in drafts if self._drafts.get(draft.key) is draft]
+
+    def _or_lose(self, draft: _Draft, step: Callable[[_Draft], None]) -> None:
+        try:
+            step(draft)
+        except OSError as error:
+            self._lose(draft, error)
+
+    def _in_parallel(self, work: Work, items: Sequence[Item], task: Callable[[Item], None]) -> None:
+        """Call *task* for each of *items*, several at a time. Returns or raises only when no call is under way."""
+
+        def some(first: int) -> None:
+            for item in items[first::SYNCS]:
+                work.go_on()
+                task(item)
+
+        futures = [self._syncers.submit(some, first) for first in range(min(SYNCS, len(items)))]
+        wait(futures)
+        for future in futures:
+            future.result()
 
     def _lose(self, draft: _Draft, error: OSError) -> None:
         with self._lock:
@@ -261,11 +338,11 @@ class FileStore:
         self._discard(draft)
 
     def _settle(self, work: Work) -> None:
-        self._sync_drafts(work)
+        synced = self._sync_drafts(work)  # what was put since is for whoever settles next
         reach("spill.drafts-synced")
-        for draft in list(self._drafts.values()):
+        for draft in synced:
             work.go_on()
-            self._renamed_in.update(self._folders_of(draft.path))  # before, so that it is known however this ends
+            self._note_renamed(draft.path)  # before, so that it is known however this ends
             try:
                 self._disk.rename(draft.temporary, draft.path)
             except FileNotFoundError as error:
@@ -275,13 +352,19 @@ class FileStore:
                 if self._drafts.get(draft.key) is draft:
                     del self._drafts[draft.key]
         reach("spill.drafts-renamed")
-        for folder in sorted(self._renamed_in, reverse=True):
-            work.go_on()
-            self._sync_folder(folder)
+        self._in_parallel(work, sorted(self._renamed_in), self._sync_folder)
         self._renamed_in.clear()  # not before all are synced: if one fails, the next settle tries all again
         if self._lost:
             key, why = next(iter(self._lost.items()))
             raise OSError(why.errno, f"{key} and {len(self._lost) - 1} more did not get there: {why.strerror}")
+
+    def _note_renamed(self, path: Path) -> None:
+        missing = []
+        for folder in self._folders_of(path):
+            if folder in self._renamed_in:
+                break  # and so are those above it
+            missing.append(folder)
+        self._renamed_in.update(missing)
 
     def _confirm(self, work: Work, prefix: str) -> None:
         folder = self._root / prefix

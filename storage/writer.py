@@ -35,6 +35,9 @@ Pace: TypeAlias = Callable[[int], Awaitable[None]]
 Still: TypeAlias = Callable[[], bool]
 """Whether the bytes that are being written still are the image."""
 
+Document: TypeAlias = tuple[str, bytes]
+"""One ``zarr.json``: the path of what it describes, and its text."""
+
 _CRC: Final = struct.Struct("<I")
 
 
@@ -52,11 +55,20 @@ class Image:
 
 
 async def write_image(
-    store: Store, image: Image, *, still: Still, pace: Pace | None = None, progress: Progress | None = None
+    store: Store,
+    image: Image,
+    *,
+    still: Still,
+    sound: Awaitable[None] | None = None,
+    uploads: asyncio.Semaphore | None = None,
+    pace: Pace | None = None,
+    progress: Progress | None = None,
 ) -> Entry:
     """Write *image* into *store*; once this returns, it is there and stays.
 
     Args:
+        sound: awaited before the entry is written; raises if the image is damaged. So that can be found out meanwhile.
+        uploads: held by each object while it is written; for a bound on how many are, in this image and others.
         still: asked before each chunk, and once more before the entry is written, when no byte of the image is needed any
             more. The slot may be overwritten at any time; then what was written is not made to count.
 
@@ -64,27 +76,30 @@ async def write_image(
         SnapshotSkipped: *still* said no, or the snapshot was deleted from the tier meanwhile. It does not count.
         TierUnreachable, TierFull: of the store. It does not count; it may be written again.
     """
-    writer = _Writer(store, image.id, still, pace, progress)
+    writer = _Writer(store, image.id, still, pace, progress, uploads)
     async with writer.leaving_nothing():
-        return await _write_image(writer, image)
+        return await _write_image(writer, image, sound)
 
 
-async def _write_image(writer: _Writer, image: Image) -> Entry:
+async def _write_image(writer: _Writer, image: Image, sound: Awaitable[None] | None) -> Entry:
     layout, rank = image.layout, image.rank
     values = image.bytes[layout.values_offset :]
-    await writer.metadata(layout, rank, image.job, image.world, len(values))
-    reach("spill.metadata")
+    documents = await writer.documents(layout, rank, image.job, image.world, len(values))
     stored: dict[Chunk, int] = {}
 
-    async def write(chunk: Chunk | None) -> None:
-        if chunk is None:
+    async def write(what: Document | Chunk | None) -> None:
+        if what is None:
             stored_values.append(await writer.object(values_key(rank), [values]) if len(values) else 0)
+        elif isinstance(what, Chunk):
+            stored[what] = await writer.chunk(layout, image.bytes, what)
         else:
-            stored[chunk] = await writer.chunk(layout, image.bytes, chunk)
+            await writer.document(what)
 
     stored_values: list[int] = []
     chunks = plan(layout, rank).chunks
-    await each([*chunks, None], write, AT_ONCE)
+    await each([*documents, *chunks, None], write, AT_ONCE)
+    if sound is not None:
+        await sound
     return await writer.commit(
         Entry(
             image.id,
@@ -109,6 +124,7 @@ async def copy_rank(
     *,
     also: Sequence[Store] = (),
     still: Still = lambda: True,
+    uploads: asyncio.Semaphore | None = None,
     pace: Pace | None = None,
     progress: Progress | None = None,
 ) -> Entry:
@@ -116,30 +132,32 @@ async def copy_rank(
 
     Args:
         also: where chunks are taken from that are damaged in *source*.
+        uploads: as in ``write_image``.
 
     Raises:
         As ``write_image``, ``reader.read_entry`` and ``ImageReader.read_image``.
     """
     entry = await read_entry(source, snapshot, rank, world)
     reader = ImageReader(entry, [source, *also])
-    writer = _Writer(target, snapshot, still, pace, progress)
+    writer = _Writer(target, snapshot, still, pace, progress, uploads)
     async with writer.leaving_nothing():
         return await _copy_rank(writer, reader, entry)
 
 
 async def _copy_rank(writer: _Writer, reader: ImageReader, entry: Entry) -> Entry:
-    await writer.metadata(entry.layout, entry.rank, entry.job, entry.world, entry.values.nbytes)
-    reach("spill.metadata")
+    documents = await writer.documents(entry.layout, entry.rank, entry.job, entry.world, entry.values.nbytes)
 
-    async def copy(stored: Stored | None) -> None:
-        if stored is not None:
-            async with reader.payload(stored) as payload:
-                await writer.object(stored.chunk.key, [payload], stored.crc)
+    async def copy(what: Document | Stored | None) -> None:
+        if isinstance(what, Stored):
+            async with reader.payload(what) as payload:
+                await writer.object(what.chunk.key, [payload], what.crc)
+        elif what is not None:
+            await writer.document(what)
         elif entry.values.nbytes:
             held = np.frombuffer(await reader.read_values(), np.uint8)
             await writer.object(entry.values.key, [held], entry.values.crc)
 
-    await each([*entry.chunks, None], copy, AT_ONCE)
+    await each([*documents, *entry.chunks, None], copy, AT_ONCE)
     return await writer.commit(entry)
 
 
@@ -180,13 +198,20 @@ class _Writer:
     """Objects of one snapshot on their way into a store."""
 
     def __init__(
-        self, store: Store, id: SnapshotId, still: Still, pace: Pace | None, progress: Progress | None
+        self,
+        store: Store,
+        id: SnapshotId,
+        still: Still,
+        pace: Pace | None,
+        progress: Progress | None,
+        uploads: asyncio.Semaphore | None = None,
     ) -> None:
         self._store = store
         self._id = id
         self._still = still
         self._pace = pace
         self._progress = progress
+        self._uploads = uploads or asyncio.Semaphore(AT_ONCE)
         self._room = Room(IN_FLIGHT_BYTES)
         self._keys: list[str] = []
 
@@ -200,10 +225,10 @@ class _Writer:
                 await self._store.forget(self._keys)
             raise
 
-    async def metadata(self, layout: Layout, rank: int, job: str, world: int, values_bytes: int) -> None:
-        """Write all ``zarr.json`` that are this rank's to write."""
+    async def documents(self, layout: Layout, rank: int, job: str, world: int, values_bytes: int) -> list[Document]:
+        """All ``zarr.json`` that are this rank's to write."""
 
-        def made() -> list[tuple[str, bytes]]:
+        def made() -> list[Document]:
             wanted = plan(layout, rank)
             facts = {"format": FORMAT, "job": job, "run": self._id.run, "generation": self._id.generation,
                      "step": self._id.step, "world": world}  # fmt: skip
@@ -211,12 +236,15 @@ class _Writer:
             found += [(array.path, array_metadata(array)) for array in wanted.arrays]
             return [*found, (values_path(rank), values_metadata(values_bytes))]
 
-        async def write(document: tuple[str, bytes]) -> None:
-            path, data = document
-            await self._put(f"{path}/{GROUP}" if path else GROUP, [data], len(data))
-
         # In a thread: zarr takes a third of a millisecond for each, and longer to be imported.
-        await each(await asyncio.to_thread(made), write, AT_ONCE)
+        documents = await asyncio.to_thread(made)
+        reach("spill.metadata")
+        return documents
+
+    async def document(self, document: Document) -> None:
+        """Write one of them."""
+        path, data = document
+        await self._put(f"{path}/{GROUP}" if path else GROUP, [data], len(data))
 
     async def chunk(self, layout: Layout, image: Bytes, chunk: Chunk) -> int:
         """Write one chunk from where its bytes lie in *image*; returns its crc32c."""
@@ -253,8 +281,10 @@ class _Writer:
     async def _put(self, key: str, parts: Sequence[Bytes | bytes], nbytes: int) -> None:
         if self._pace is not None:
             await self._pace(nbytes)
-        self._keys.append(data_of(self._id) + key)
-        await self._store.put(self._keys[-1], parts, durable=False)
+        key = data_of(self._id) + key
+        self._keys.append(key)
+        async with self._uploads:
+            await self._store.put(key, parts, durable=False)
 
     async def commit(self, entry: Entry) -> Entry:
         """Make what was written count, unless it has been overwritten, or the snapshot deleted, meanwhile."""

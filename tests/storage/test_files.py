@@ -19,7 +19,7 @@ import pytest
 from holdfast.errors import ObjectMissing, TierFull, TierUnreachable
 from holdfast.storage import disk as disk_module
 from holdfast.storage.disk import Disk
-from holdfast.storage.files import UNSYNCED_FILES, FileStore
+from holdfast.storage.files import HELD_BYTES, UNSYNCED_FILES, FileStore
 from holdfast.storage.store import Buffer, Store, open_store
 from holdfast.storage.work import Work
 from holdfast.tests.storage.contract import MIB, StoreContract, pattern, read, within
@@ -370,7 +370,7 @@ def test_sweeping(tmp_path: Path) -> None:
     """Those of the living and of other nodes stay until they are old."""
 
     async def scene(store: Store) -> None:
-        await store.put("a/k", [b"x"], durable=False)
+        await store.put("a/k", [b"x" * (HELD_BYTES + 1)], durable=False)
         (own,) = (tmp_path / "tier/a").iterdir()
         elsewhere = own.with_name(f".tmp-00000000-{2**22 + 1}-{'0' * 32}")
         elsewhere.write_bytes(bytes(5000))
@@ -381,7 +381,7 @@ def test_sweeping(tmp_path: Path) -> None:
         os.utime(elsewhere, (1, 1))
         assert await store.sweep(3600) >= 5000
         await store.settle()
-        assert await store.get("a/k") == b"x"
+        assert len(await store.get("a/k")) == HELD_BYTES + 1
         (tmp_path / "tier/left/empty").mkdir(parents=True)
         await store.sweep(-1e9)
         assert await store.children("") == ["a"]
@@ -425,5 +425,43 @@ def test_folders_come_and_go_under_a_writer(tmp_path: Path) -> None:
         assert await remover.get("a/b/c/k") == b"end"
         await writer.close()
         await remover.close()
+
+    asyncio.run(play())
+
+
+def test_what_is_put_while_others_settle_is_not_seen_before_it_is_synced(tmp_path: Path) -> None:
+    """Ranks of a node share a store: one settles, another goes on to put. What the one makes visible must be synced."""
+    synced: set[int] = set()
+    renamed: list[tuple[str, bool]] = []
+    between, go_on = threading.Event(), threading.Event()
+
+    class Watching(Disk):
+        def sync(self, fd: int) -> None:
+            super().sync(fd)
+            synced.add(os.fstat(fd).st_ino)
+
+        def rename(self, source: Path, target: Path) -> None:
+            between.set()
+            go_on.wait(30)
+            renamed.append((target.name, os.stat(source).st_ino in synced))
+            super().rename(source, target)
+
+    async def play() -> None:
+        store = FileStore(tmp_path / "tier", disk=Watching())
+        for name in ("large", "small"):
+            size = HELD_BYTES + 1 if name == "large" else 1
+            await store.put(f"first-{name}", [bytes(size)], durable=False)
+        settling = asyncio.create_task(store.settle())
+        assert await asyncio.to_thread(between.wait, 30)
+        for name in ("large", "small"):
+            size = HELD_BYTES + 1 if name == "large" else 1
+            await store.put(f"second-{name}", [bytes(size)], durable=False)
+        go_on.set()
+        await settling
+        assert sorted(renamed) == [("first-large", True), ("first-small", True)]
+        await store.settle()
+        assert all(was for _, was in renamed)
+        assert len(renamed) == 4
+        await store.close()
 
     asyncio.run(play())
