@@ -3,6 +3,7 @@
 ==============  ========================================================================================================
 none            no snapshots: what the others are compared with
 holdfast        this package: memory of an agent, one copy, checksummed
+holdfast-tier   the same, and every snapshot is spilled to a tier on the local disk, durably
 torch.save      synchronous, one file on the local disk, not fsynced
 dcp             ``torch.distributed.checkpoint.async_save`` as it comes: blocks while staging, writes in a thread, fsyncs
 dcp-staged      the same with ``DefaultStager(StagingOptions(...))``: cached staging into shared memory in a thread, awaited
@@ -64,12 +65,14 @@ class Holdfast(Contender):
         attach_s: how long the constructor of the Checkpointer took, starting an agent included.
     """
 
-    def __init__(self, workload: Workload, job: str, shm: str) -> None:
+    def __init__(self, workload: Workload, job: str, shm: str, tier: Path | None = None) -> None:
         super().__init__(workload)
-        from holdfast import Checkpointer
+        from holdfast import Checkpointer, Tier
 
+        # Due at each step: so every snapshot that is taken is spilled, unless one is being spilled still.
+        tiers = [Tier(str(tier), every=1, keep=2)] if tier is not None else None
         began_s = time.perf_counter()
-        self.ckpt = Checkpointer(workload.model, workload.optimizer, job=job, shm=shm, every=1 << 30)
+        self.ckpt = Checkpointer(workload.model, workload.optimizer, job=job, shm=shm, every=1 << 30, tiers=tiers)
         self.attach_s = time.perf_counter() - began_s
         self._last: Ticket | None = None
 
@@ -165,6 +168,7 @@ def make(name: str, workload: Workload, *, folder: Path, job: str, shm: str) -> 
     makers: dict[str, Callable[[], Contender]] = {
         "none": lambda: Nothing(workload),
         "holdfast": lambda: Holdfast(workload, job, shm),
+        "holdfast-tier": lambda: Holdfast(workload, job, shm, folder / "tier"),
         "torch.save": lambda: TorchSave(workload, folder),
         "dcp": lambda: Dcp(workload, folder, dict),
         "dcp-staged": lambda: Dcp(workload, folder, lambda: _staged("process")),

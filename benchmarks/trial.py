@@ -132,13 +132,15 @@ class Trial:
             "tensors": len(self.workload.tensors()),
             "state_bytes": self.workload.state_bytes,
         }
-        for _ in range(_WARM_UP if self.spec.contender in ("none", "holdfast") else 1):
+        for _ in range(_WARM_UP if self.spec.contender in ("none", "holdfast", "holdfast-tier") else 1):
             self._segment(Segment("sleep", 1, 1, 60.0))
         result["pss_bytes"] = _pss_bytes(os.getpid())
         if isinstance(self.contender, Holdfast):
             result["attach_s"] = self.contender.attach_s
             result["agent_pss_bytes"] = _pss_bytes(int((Path(self.spec.shm) / "agent.pid").read_text()))
+        spills = self._spills()
         result["segments"] = [asdict(self._segment(segment)) for segment in self.spec.segments]
+        result["spills"] = self._spills() - spills
         if self.spec.bandwidth and isinstance(self.contender, Holdfast):
             result["bandwidth"] = self._bandwidth(self.contender)
         self.contender.close()
@@ -168,6 +170,16 @@ class Trial:
         account.close(result)
         self.contender.settle()
         return result
+
+    def _spills(self) -> int:
+        """How many snapshots the agent has spilled so far."""
+        if self.spec.contender != "holdfast-tier":
+            return 0
+        from holdfast.agent.client import AgentClient
+        from holdfast.agent.settings import NodeSettings
+
+        with AgentClient.at(NodeSettings.read({}, job=self.spec.job, shm=self.spec.shm)) as client:
+            return sum(tier.spills for tier in client.status().tiers)
 
     # -- bandwidth ---------------------------------------------------------------------------------------------------
 
