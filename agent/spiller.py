@@ -17,7 +17,17 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from ..crashpoints import reach
-from ..errors import ConfigError, Corrupt, HoldfastError, Remedy, SnapshotSkipped, SnapshotUnknown, TierError, TierFull
+from ..errors import (
+    AgentError,
+    ConfigError,
+    Corrupt,
+    HoldfastError,
+    Remedy,
+    SnapshotSkipped,
+    SnapshotUnknown,
+    TierError,
+    TierFull,
+)
 from ..snapshot.arena import Slot
 from ..snapshot.layout import Layout
 from ..snapshot.record import Record, SnapshotId, table_bytes_for
@@ -221,7 +231,12 @@ class Spiller:
             try:
                 async with tier.turns:
                     nbytes = await self._insist(job, tier, source, _PATIENCE_S[source is not None])
-            except HoldfastError as error:
+            except Exception as caught:  # noqa: BLE001 - whatever it is, the trainer waits for an answer, and its slot with it
+                error = (
+                    caught if isinstance(caught, HoldfastError) else AgentError(f"{type(caught).__name__}: {caught}")
+                )
+                if error is not caught:
+                    _log.exception("spilling %s of rank %d", job.id, job.rank)
                 failed = error_text(error)
                 tier.status.failures += 1
                 tier.status.trouble = f"{job.id} of rank {job.rank}: {error}"
