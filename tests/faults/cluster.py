@@ -80,9 +80,9 @@ def _announce(listen: str) -> None:
 
 def _localise(node: int) -> None:
     """Have this process tell its agent of its own node's disk, where the tiers that all ranks name say ``EACH``."""
-    from holdfast.hooks import checkpointer
+    from holdfast.hooks import checkpointer, holding
 
-    class Holding(checkpointer.Holding):  # type: ignore[name-defined]
+    class Holding(holding.Holding):
         def __init__(self, *args: Any, tiers: Sequence[str], **options: Any) -> None:
             super().__init__(*args, tiers=[tier.replace(EACH, f"disk{node}") for tier in tiers], **options)
 

@@ -14,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from faults.cluster import EACH
@@ -22,6 +23,7 @@ from faults.job import Job, await_gone
 from holdfast import Tier
 from holdfast.crashpoints import PLACES
 from holdfast.errors import Corrupt, ObjectMissing, TierUnreachable
+from holdfast.storage.names import snapshot_name
 from holdfast.storage.prune import Pruner
 from holdfast.storage.reader import ImageReader, Listed, list_snapshots, read_entries
 from holdfast.storage.store import Store, open_store
@@ -29,6 +31,7 @@ from holdfast.storage.tiers import TierSettings
 from holdfast.tests.hooks.nodes import until
 from holdfast.tests.storage.weed import Weed
 
+STEP_S = 0.03  # the machine is to be at work for the fault, not for steps that nobody looks at
 SPILL_PLACES = sorted(place for place in PLACES if place.startswith("spill."))
 ENDLESS = 1_000_000
 
@@ -74,14 +77,17 @@ def test_the_agent_dies_at_a_named_place_of_a_spill(
 ) -> None:
     """With its trainers (the power is cut), with one of them, or alone: then another agent spills what was on its way.
 
-    Of two ranks only some places in each run: one snapshot then consists of two spills, of which one may be whole.
+    Some of the places in each run, all with HOLDFAST_THOROUGH. Of two ranks, one snapshot consists of two spills, of which one
+    may be whole.
     """
     tier = _tier(tmp_path / "nvme")
-    job = make_job(world=1 if strategy == "plain" else 2, steps=ENDLESS, strategy=strategy, tiers=(tier,))
-    thorough = strategy == "plain" or os.environ.get("HOLDFAST_THOROUGH")
-    places = rng.sample(SPILL_PLACES[part::2], len(SPILL_PLACES[part::2]) if thorough else 3)
+    job = make_job(
+        world=1 if strategy == "plain" else 2, steps=ENDLESS, step_s=STEP_S, strategy=strategy, tiers=(tier,)
+    )
+    places = SPILL_PLACES[part::2]
+    places = rng.sample(places, len(places) if os.environ.get("HOLDFAST_THOROUGH") else 6 - 2 * job.world)
     fates = ["power", "trainer", "alone"] * len(places)
-    for place, fate in zip(places, fates[: len(places)], strict=True):
+    for place, fate in zip(places, rng.sample(fates, len(places)), strict=True):
         count = rng.choice([1, 1, 2, 3, 5])
         print(f"{place}={count}, {fate}")
         job.start_agent(crash=f"{place}={count}")
@@ -105,8 +111,8 @@ def test_the_agent_dies_at_a_named_place_of_a_spill(
 
 def test_trainers_die_while_their_images_are_spilled(make_job: MakeJob, rng: random.Random, tmp_path: Path) -> None:
     """The agent goes on with what it has begun, or gives it up when the next life takes the slot; both ways nothing is lost."""
-    job = make_job(world=2, strategy="fsdp2", steps=ENDLESS, tiers=(tier := _tier(tmp_path / "nvme"),))
-    for turn in range(6):
+    job = make_job(world=2, strategy="fsdp2", steps=ENDLESS, step_s=STEP_S, tiers=(tier := _tier(tmp_path / "nvme"),))
+    for turn in range(3):
         job.start()
         job.wait_for("persisted step", lambda log: any(e["life"] == job.lives and e.get("persisted") for e in log))
         time.sleep(rng.uniform(0, 0.1))
@@ -143,14 +149,14 @@ def _end(job: Job) -> None:
 
 @pytest.mark.parametrize(
     ("where", "protect", "strategy"),
-    [("shared", "off", "fsdp2"), ("shared", "auto", "ddp"), (EACH, "off", "ddp"), (EACH, "auto", "fsdp2")],
+    [("shared", "off", "ddp"), (EACH, "auto", "fsdp2")],
 )
 def test_power_is_cut_at_random_instants(
     make_cluster: MakeCluster, rng: random.Random, tmp_path: Path, where: str, protect: str, strategy: str
 ) -> None:
     """Ranks move to other nodes afterwards: where each node has a disk of its own, images are brought by who can read them."""
-    cluster = make_cluster(3, protect, strategy, tiers=(_tier(tmp_path / where),), step_s=0.005)
-    for _ in range(3):
+    cluster = make_cluster(3, protect, strategy, tiers=(_tier(tmp_path / where),), step_s=STEP_S)
+    for _ in range(2):
         cluster.begin()
         cluster.start(rng.sample(range(3), 3))
         cluster.await_persisted(rng.randint(1, 3))
@@ -165,7 +171,7 @@ def test_power_is_cut_at_random_instants(
 def test_a_disk_is_lost_with_the_power(make_cluster: MakeCluster, rng: random.Random, tmp_path: Path) -> None:
     """A slower tier serves what that disk had; without one, the refusal names what is missing, and nobody starts afresh."""
     near, far = _tier(tmp_path / EACH / "nvme"), _tier(tmp_path / "far", every=5)
-    cluster = make_cluster(3, "off", "fsdp2", tiers=(near, far), step_s=0.005)
+    cluster = make_cluster(3, "off", "fsdp2", tiers=(near, far), step_s=STEP_S)
     gone = rng.randrange(3)
     cluster.begin()
     cluster.start()
@@ -193,7 +199,7 @@ def _names(tier: Tier, world: int) -> list[int]:
     """The steps of which there is an entry of every rank in *tier*, while others write to it."""
     found: dict[int, set[str]] = {}
     for path in Path(tier.url).glob("entries/*/*.json"):
-        found.setdefault(int(path.parent.name[11:27]), set()).add(path.name)
+        found.setdefault(_step(path.parent.name), set()).add(path.name)
     return sorted(step for step, entries in found.items() if len(entries) == world)
 
 
@@ -225,16 +231,16 @@ def _goes_on(job: Job) -> None:
     """Training does, and snapshots in memory do."""
     log = job.log()
     steps, watermark = len(log), max(e.get("watermark", 0) for e in log)
-    job.wait_for("steps without the tier", lambda log: len(log) > steps + 30)
-    job.wait_for("snapshots in memory", lambda log: log[-1].get("watermark", 0) > watermark + 10)
+    job.wait_for("steps without the tier", lambda log: len(log) > steps + 10)
+    job.wait_for("snapshots in memory", lambda log: log[-1].get("watermark", 0) > watermark + 3)
 
 
 def test_a_disk_is_full_for_a_while(make_job: MakeJob, rng: random.Random, small: Path) -> None:
     """Whenever it fills up in a spill: what was begun is removed, and once there is room, spills go on by themselves."""
     tier = _tier(small / "tier", keep=2)
-    job = make_job(steps=ENDLESS, tiers=(tier,))
+    job = make_job(steps=ENDLESS, step_s=STEP_S, tiers=(tier,))
     job.start()
-    for turn in range(4):
+    for turn in range(3):
         before = _persisted(job)
         job.wait_for("persisted step", lambda log: any(e.get("persisted", 0) > before for e in log))  # noqa: B023
         time.sleep(rng.uniform(0, 0.1))
@@ -252,7 +258,7 @@ def test_a_disk_is_full_for_a_while(make_job: MakeJob, rng: random.Random, small
     assert pid is not None
     await_gone(pid)
     whole = look(tier)
-    left = sorted({int(path.name[11:27]) for path in (small / "tier" / "snapshots").iterdir() if any(path.iterdir())})
+    left = sorted({_step(path.name) for path in (small / "tier" / "snapshots").iterdir() if any(path.iterdir())})
     assert not [path for path in (small / "tier").rglob(".tmp-*") if path.is_file()]
     assert len(left) <= len(whole) + 1, f"{left} are there, of which {whole} are whole"
     job.cut_power()
@@ -267,7 +273,7 @@ def _trouble(job: Job) -> str:
 def test_a_tier_is_out_of_reach_for_a_while(make_job: MakeJob, rng: random.Random, tmp_path: Path) -> None:
     tier, away = _tier(tmp_path / "nvme"), tmp_path / "away"
     place = Path(tier.url)
-    job = make_job(world=2, strategy="ddp", steps=ENDLESS, tiers=(tier,))
+    job = make_job(world=2, strategy="ddp", steps=ENDLESS, step_s=STEP_S, tiers=(tier,))
     job.start()
     for _ in range(2):
         before = _persisted(job)
@@ -293,7 +299,7 @@ def test_an_object_store_is_killed_and_started_again(
         for name, value in weed.environment.items():
             monkeypatch.setenv(name, value)
         tier = Tier(weed.bucket(), every=1, keep=2)
-        job = make_job(steps=ENDLESS, tiers=(tier,))
+        job = make_job(steps=ENDLESS, step_s=0.2, tiers=(tier,))  # it takes the server half a minute to come back
         job.start_agent()
         job.start()
         job.wait_for("persisted step", lambda log: any(e.get("persisted", 0) > 1 for e in log))
@@ -320,56 +326,44 @@ DAMAGE = {
 }
 
 
-def _flip(tier: Tier, kind: str, step: int, rng: random.Random) -> None:
-    """Flip one bit of one object of that kind."""
+def _flip(tier: Tier, kind: str, name: str, rng: random.Random) -> None:
+    """Flip one bit of one object of that kind, of that snapshot."""
     root = Path(tier.url)
-    (name,) = [path.name for path in root.glob("entries/*") if int(path.name[11:27]) == step]
     path = rng.choice(sorted(path for path in root.glob(DAMAGE[kind].format(name)) if path.is_file()))
     data = bytearray(path.read_bytes())
     data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_flipped_bits_in_tiers(make_job: MakeJob, rng: random.Random, tmp_path: Path, strategy: str) -> None:
+def test_flipped_bits_in_tiers(make_job: MakeJob, rng: random.Random, tmp_path: Path) -> None:
     """In the faster tier: the slower one serves. In the newest of one tier: the one before. In all that there are: refused.
     Metadata is for other readers; ours does not need it."""
     near, far = _tier(tmp_path / "near"), _tier(tmp_path / "far", every=3)
-    job = make_job(world=2, strategy=strategy, steps=ENDLESS, tiers=(near, far))
+    job = make_job(world=2, strategy=rng.choice(["ddp", "fsdp2"]), steps=ENDLESS, step_s=STEP_S, tiers=(near, far))
+    job.start()
     for kind in rng.sample(sorted(DAMAGE), len(DAMAGE)):
-        job.start()
         before = max(_names(far, 2), default=0)
         until(lambda: max(_names(far, 2), default=0) > before, "a snapshot in the slower tier")  # noqa: B023
-        job.wait_for("persisted step", lambda log: any(e["life"] == job.lives and e.get("persisted") for e in log))
+        _await_persisted_twice(job)
         job.cut_power()
         found = look_there(near)
-        for step in found:
-            _flip(near, kind, step, rng)
-        job.damaged.add(job.lives + 1)
-        job.start()
-        job.wait_progress(1)
-        restored = [e["restored"] for e in job.log() if "restored" in e][-1]
-        assert restored >= (found[-1] if kind == "metadata" else max(look_there(far))), kind
-        job.cut_power()
+        for name in found:
+            _flip(near, kind, name, rng)
+        there = found[-1] if kind == "metadata" else look_there(far)[-1]
+        assert _begun_again(job) >= _step(there), kind
+    _await_persisted_twice(job)
+    job.cut_power()
     job.tiers = (near,)
     for kind in ("chunk", "entry"):
-        job.start()
-        job.wait_for(
-            "two persisted steps",
-            lambda log: len({e["persisted"] for e in log if e["life"] == job.lives and e.get("persisted")}) > 1,
-        )
-        job.cut_power()
         *_, older, newest = look_there(near)
         _flip(near, kind, newest, rng)
-        job.damaged.add(job.lives + 1)
-        job.start()
-        job.wait_progress(1)
-        assert [e["restored"] for e in job.log() if "restored" in e][-1] == older
+        assert _begun_again(job) == _step(older)
+        _await_persisted_twice(job)
         job.cut_power()
     kept = tmp_path / "kept"
     shutil.copytree(near.url, kept)
-    for step in look_there(near):
-        _flip(near, rng.choice(["chunk", "values", "entry"]), step, rng)
+    for name in look_there(near):
+        _flip(near, rng.choice(["chunk", "values", "entry"]), name, rng)
     job.start()
     for process in job.ranks:
         process.join(60)
@@ -382,10 +376,29 @@ def test_flipped_bits_in_tiers(make_job: MakeJob, rng: random.Random, tmp_path: 
     job.judge()
 
 
-def look_there(tier: Tier) -> list[int]:
-    """As ``look``, without what is damaged."""
+def _await_persisted_twice(job: Job) -> None:
+    def twice(log: list[dict[str, Any]]) -> bool:
+        return len({e["persisted"] for e in log if e["life"] == job.lives and e.get("persisted")}) > 1
 
-    async def looked() -> list[int]:
+    job.wait_for("two persisted steps", twice)
+
+
+def _begun_again(job: Job) -> int:
+    """The step from which the next life goes on, which finds damage."""
+    job.damaged.add(job.lives + 1)
+    job.start()
+    job.wait_progress(1)
+    return int([e["restored"] for e in job.log() if "restored" in e][-1])
+
+
+def _step(name: str) -> int:
+    return int(name[11:27])
+
+
+def look_there(tier: Tier) -> list[str]:
+    """The names of the snapshots that exist in *tier*, oldest first, without what is damaged."""
+
+    async def looked() -> list[str]:
         store = open_store(tier.url)
         found = []
         for listed in await list_snapshots(store):
@@ -393,7 +406,7 @@ def look_there(tier: Tier) -> list[int]:
                 with contextlib.suppress(Corrupt, ObjectMissing):
                     entries = await read_entries(store, listed)
                     damage = [await ImageReader(entry, [store]).verify() for entry in entries.values()]
-                    found += [listed.id.step] if not any(damage) else []
+                    found += [snapshot_name(listed.id)] if not any(damage) else []
         await store.close()
         return found
 
@@ -409,12 +422,18 @@ def test_a_preemption_notice_reaches_all_ranks(
 ) -> None:
     """Whoever gets it, all end at the same step, well; and just there the job goes on, even when all memory is gone."""
     job = make_job(
-        world=3, strategy=strategy, steps=ENDLESS, grace="60s", tiers=(_tier(tmp_path / "nvme", every=1000),)
+        world=3,
+        strategy=strategy,
+        steps=ENDLESS,
+        step_s=STEP_S,
+        grace="60s",
+        tiers=(_tier(tmp_path / "nvme", every=1000),),
     )
     rank, stopped = rng.randrange(3), 0
+    notices: list[tuple[list[int], int]]
     notices = [([rank], signal.SIGTERM), ([0, 1, 2], signal.SIGTERM), ([rank], signal.SIGUSR1), ([], signal.SIGTERM),
                ([], signal.SIGUSR1)]  # fmt: skip
-    for ranks, number in rng.sample(notices, len(notices)):
+    for ranks, number in notices[["ddp", "fsdp2"].index(strategy) :: 2]:
         print(f"{number!r} to {ranks or 'the agent'}")
         job.start()
         job.wait_progress(rng.randint(1, 5))
@@ -445,8 +464,15 @@ def _ended_together(job: Job, restored: int) -> int:
 
 def test_a_rank_stands_still_while_the_notice_comes(make_job: MakeJob, rng: random.Random, tmp_path: Path) -> None:
     """If it goes on in time, all end well. If not, all are killed, and the job goes on from what was complete before."""
-    job = make_job(world=2, strategy="ddp", steps=ENDLESS, grace="60s", tiers=(_tier(tmp_path / "nvme"),), step_s=0.01)
-    for fate in rng.sample(["goes on", "is killed", "goes on"], 3):
+    job = make_job(
+        world=2,
+        strategy="ddp",
+        steps=ENDLESS,
+        step_s=STEP_S,
+        grace="60s",
+        tiers=(_tier(tmp_path / "nvme"),),
+    )
+    for fate in ("goes on", "is killed"):
         job.start()
         job.wait_for("persisted step", lambda log: any(e["life"] == job.lives and e.get("persisted") for e in log))
         still, other = rng.sample([0, 1], 2)
@@ -488,8 +514,8 @@ def test_an_agent_of_several_is_told_to_end(make_cluster: MakeCluster, rng: rand
 def test_an_old_run_lives_on_beside_the_new_one(make_job: MakeJob, rng: random.Random, tmp_path: Path) -> None:
     """Both spill to one tier and prune it, and so does an operator: what the new run persisted is there when both are gone."""
     tier = _tier(tmp_path / "shared", keep=1)
-    old = make_job(steps=ENDLESS, tiers=(tier,))
-    new = make_job(steps=ENDLESS, tiers=(tier,), name=old.name, place="-new")
+    old = make_job(steps=ENDLESS, step_s=STEP_S, tiers=(tier,))
+    new = make_job(steps=ENDLESS, step_s=STEP_S, tiers=(tier,), name=old.name, place="-new")
     old.start()
     old.wait_for("persisted step", lambda log: any(e.get("persisted") for e in log))
     for _ in range(3):
