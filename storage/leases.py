@@ -23,7 +23,7 @@ from typing import Final
 from ..errors import ObjectMissing, SnapshotUnknown, TierError
 from ..snapshot.record import SnapshotId
 from .documents import seal
-from .names import lease_key, readers_of, snapshot_name, tombstone_key
+from .names import dooms_of, lease_key, readers_of, snapshot_name, tombstone_key
 from .store import Found, Store
 
 LEASE_S: Final = 300.0
@@ -45,7 +45,7 @@ async def reading(store: Store, id: SnapshotId, *, renew_s: float = RENEW_S) -> 
     leased = await _written(store, key, id)
     renewing = asyncio.create_task(_renew(store, key, id, renew_s)) if leased else None
     try:
-        if await buried(store, id):
+        if await _entombed(store, id):
             raise SnapshotUnknown(f"snapshot {snapshot_name(id)} is deleted from {store.url}")
         yield
     finally:
@@ -59,7 +59,15 @@ async def reading(store: Store, id: SnapshotId, *, renew_s: float = RENEW_S) -> 
 
 
 async def buried(store: Store, id: SnapshotId) -> bool:
-    """Whether the snapshot has a tombstone. Who writes an entry asks after that: who deletes may not have seen it."""
+    """Whether the snapshot has a tombstone, or is about to have one unless it has become complete.
+
+    Who writes an entry asks after that: who deletes may not have seen it.
+    """
+    # In this order: what dooms it stays until the tombstone is there.
+    return bool(await store.list(dooms_of(id))) or await _entombed(store, id)
+
+
+async def _entombed(store: Store, id: SnapshotId) -> bool:
     try:
         await store.get(tombstone_key(id))
     except ObjectMissing:

@@ -98,6 +98,22 @@ def parse_tombstone(key: str) -> SnapshotId | None:
     return parse_snapshot(key[len(DELETED) : -len(".json")])
 
 
+def dooms_of(id: SnapshotId) -> str:
+    """The folder in which those say so who are about to delete it unfinished."""
+    return f"{DELETED}{snapshot_name(id)}/"
+
+
+def doom_key(id: SnapshotId, deleter: uuid.UUID) -> str:
+    """The object by which one of them says so."""
+    return f"{dooms_of(id)}{deleter}.json"
+
+
+def is_doom(key: str) -> bool:
+    """Whether it is such a key."""
+    folder, _, name = key.removeprefix(DELETED).partition("/")
+    return key.startswith(DELETED) and parse_snapshot(folder) is not None and name.endswith(".json") and "/" not in name
+
+
 def tensor_path(name: str) -> str:
     """Where, in the snapshot's group, the array of a tensor is that all ranks share."""
     return encode_name(name)

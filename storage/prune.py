@@ -2,6 +2,9 @@
 
 One snapshot goes in this order, and whoever comes later takes it up where it was left:
 
+0. if it is not complete: an object that dooms it, of each deleter's own. Only then are its entries looked at. A writer puts
+   its entry, then looks for what dooms it; so either it gives way, or its entry is seen here. If that makes the
+   snapshot complete, it stays, and what doomed it is taken back.
 1. its tombstone. From here on no listing shows it, no reader begins, no writer's entry counts. It is never taken back:
    of two who prune, one would take back what the other relies on.
 2. Only then are leases looked at. A reader writes its lease first, then looks for a tombstone; so either it sees the
@@ -19,6 +22,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -28,7 +32,19 @@ from ..snapshot.record import SnapshotId
 from .budget import no_room
 from .documents import seal, unseal
 from .leases import LEASE_S, any_fresh, leased
-from .names import DELETED, ENTRIES, SNAPSHOTS, data_of, entries_of, readers_of, snapshot_name, tombstone_key
+from .names import (
+    DELETED,
+    ENTRIES,
+    SNAPSHOTS,
+    data_of,
+    doom_key,
+    dooms_of,
+    entries_of,
+    is_doom,
+    readers_of,
+    snapshot_name,
+    tombstone_key,
+)
 from .retention import Present, Verdict, decide
 from .store import Found, Store
 from .survey import Seen, Survey, survey
@@ -132,7 +148,8 @@ class Pruner:
             # They go because newer ones are there. Those must still be there after a power cut.
             await self._store.confirm(ENTRIES)
         for verdict in sorted(going, key=lambda verdict: found.seen[verdict.id].complete):
-            removals.append(await self._remove(verdict.id, verdict.reason, until_s))
+            doom = not self._is_finished(found.seen[verdict.id])
+            removals.append(await self._remove(verdict.id, verdict.reason, until_s, doom=doom))
         return Pruned(tuple(verdicts), tuple(removals), swept)
 
     async def discard(self, id: SnapshotId, reason: str, *, deadline_s: float = 600.0) -> Removal:
@@ -186,7 +203,8 @@ class Pruner:
         """Remove the probe and those that killed processes left, leases of the dead, and tombstones that have done their time."""
         keys = [probe] if probe else []
         for one in found.others:
-            if one.key.startswith(_CLOCK) and now_s - one.modified_s > LEASE_S:
+            age_s = now_s - one.modified_s
+            if (one.key.startswith(_CLOCK) and age_s > LEASE_S) or (is_doom(one.key) and age_s > TOMBSTONE_S):
                 keys.append(one.key)
         for seen in found.seen.values():
             keys += [lease.key for lease in seen.leases if now_s - lease.modified_s > TOMBSTONE_S]
@@ -258,18 +276,24 @@ class Pruner:
             reason = None
         return reason if isinstance(reason, str) else "deleted before"
 
-    async def _remove(self, id: SnapshotId, reason: str, until_s: float) -> Removal:
+    def _is_finished(self, seen: Seen) -> bool:
+        """Whether its writers have reported it, as far as this store tells."""
+        return seen.complete if self._shared else bool(seen.entries)
+
+    async def _remove(self, id: SnapshotId, reason: str, until_s: float, *, doom: bool = False) -> Removal:
         """Remove one snapshot, in the order that this module's docstring gives."""
         removal = Removal(id, reason, done=False)
         if self._clock() > until_s:
             return replace(removal, reason=f"{reason}; it goes next time")
         try:
+            if doom and not await self._doom(id):
+                return replace(removal, reason=f"{reason}; but its last entry has come meanwhile")
             if await self._bury(id, reason):
                 return replace(removal, reason=f"{reason}; somebody still reads it")
         except TierFull as error:
             return replace(removal, reason=f"{reason}; {error}")
         reach("prune.buried")
-        for prefix in (entries_of(id), data_of(id), readers_of(id)):
+        for prefix in (entries_of(id), data_of(id), readers_of(id), dooms_of(id)):
             listed = await self._store.list(prefix)
             for at in range(0, len(listed), _BATCH):
                 batch = listed[at : at + _BATCH]
@@ -285,6 +309,16 @@ class Pruner:
                 )
         reach("prune.emptied")
         return replace(removal, done=True)
+
+    async def _doom(self, id: SnapshotId) -> bool:
+        """Have writers give way from here on; whether the snapshot is unfinished still, and none will finish it."""
+        key = doom_key(id, uuid.uuid4())
+        with suppress(TierFull):  # then no entry fits, either
+            await self._put_small(key, {"format": 1, "snapshot": snapshot_name(id)})
+        if not self._is_finished(Seen(id, await self._store.list(entries_of(id)))):
+            return True
+        await self._store.delete([key])
+        return False
 
     async def _bury(self, id: SnapshotId, reason: str) -> bool:
         """Put the tombstone; whether the data must stay yet, as somebody reads it who began before."""

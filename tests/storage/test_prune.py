@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import subprocess
 import sys
 import textwrap
 import uuid
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from holdfast.errors import TierFull, TierUnreachable
 from holdfast.snapshot.record import SnapshotId
 from holdfast.storage.documents import seal, unseal
-from holdfast.storage.leases import LEASE_S
+from holdfast.storage.leases import LEASE_S, buried
 from holdfast.storage.names import (
     data_of,
     entries_of,
@@ -401,6 +403,53 @@ def test_what_is_late_but_still_being_written_stays(place: Place) -> None:
     assert not prune(place).removals
     place.now_s += QUIET_S
     assert [removal.id for removal in prune(place).removals] == [at(20)]
+
+
+@pytest.mark.parametrize("pruners", [1, 2])
+def test_an_entry_that_comes_at_the_last_moment_counts_or_is_given_up(pruners: int) -> None:
+    """However the last rank's commit falls between the effects of those who prune, what was reported is there."""
+
+    async def commit(store: ImaginedStore) -> bool:
+        await store.put(entry_key(at(20), 1, WORLD), [seal({"job": "ours"})])
+        if not await buried(store, at(20)):
+            return True
+        await store.delete([entry_key(at(20), 1, WORLD)])
+        return False
+
+    outcomes = set()
+    for seed in range(1000):
+        place, rng = Place(), random.Random(seed)
+        spill(place, at(10))
+        for step in (20, 30, 40):
+            spill(place, at(step), range(1))
+        place.now_s += QUIET_S + 1
+        work = [Pruner(ImaginedStore(place), settings(), "ours").prune() for _ in range(pruners)]
+        # Together for a while, then the commit, at any pace.
+        for _ in range(rng.randrange(70)):
+            _step(rng.choice(work))
+        late = commit(ImaginedStore(place))
+        reported = None
+        while reported is None:
+            _step(rng.choice(work))
+            if rng.random() < 0.3 and (end := _step(late)) is not None:
+                reported = end.value
+        for one in work:
+            while _step(one) is None:
+                pass
+        assert not reported or at(20) in complete(place)
+        outcomes.add((reported, bool(left(place, at(20)))))
+    assert outcomes >= {(True, True), (False, False)}
+
+
+def _step(work: Coroutine[Any, Any, object]) -> StopIteration | None:
+    """One effect; how it ended, if it has."""
+    try:
+        work.send(None)
+    except StopIteration as end:
+        return end
+    except RuntimeError:  # it had ended before
+        return StopIteration()
+    return None
 
 
 def death(place: Place, effects: int) -> bool:
