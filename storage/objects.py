@@ -40,6 +40,7 @@ PARTS_AT_ONCE: Final = 4  # of each upload
 STREAM_BYTES: Final = 1 << 20  # copied at a time from what arrives, on the loop
 SLOWEST_BYTES_PER_S: Final = 1 << 20  # a store that is slower counts as unreachable
 DELETE_KEYS: Final = 1000  # per request
+LIST_KEYS: Final = 1000  # per answer
 _FULL: Final = ("QuotaExceeded", "InsufficientStorage", "StorageFull", "507 ")
 _CLIENT_OPTIONS: Final = (
     "allow_http",
@@ -134,13 +135,22 @@ class ObjectStore:
         """See Store."""
         import obstore
 
-        async def ask() -> Sequence[Found]:
-            found = []
-            async for batch in obstore.list(self._store, prefix or None, chunk_size=1000):
-                found += [Found(one["path"], one["size"], one["last_modified"].timestamp()) for one in batch]
-            return found
+        limit, loop, most = asyncio.timeout(self._timeout_s), asyncio.get_running_loop(), -1
 
-        found = await self._ask("list", checked_prefix(prefix), ask)
+        async def ask() -> Sequence[Found]:
+            found: list[Found] = []
+            pages = aiter(obstore.list(self._store, prefix or None, chunk_size=LIST_KEYS))
+            while True:
+                nonlocal most
+                if len(found) > most:  # a page more than any try so far: that is progress, however many are to come
+                    most = len(found)
+                    limit.reschedule(loop.time() + self._timeout_s)
+                page = await anext(pages, None)
+                if page is None:
+                    return found
+                found += [Found(one["path"], one["size"], one["last_modified"].timestamp()) for one in page]
+
+        found = await self._ask("list", checked_prefix(prefix), ask, limit=limit)
         # Not every store takes a prefix for a folder: "a/b" must not bring "a/bc".
         inside = (one for one in found if one.key.startswith(prefix) and is_key(one.key))
         return sorted(inside, key=lambda one: one.key)
@@ -185,15 +195,23 @@ class ObjectStore:
     async def close(self) -> None:
         """See Store. Connections close by themselves when they have been idle."""
 
-    async def _ask(self, operation: str, key: str, ask: Callable[[], Awaitable[Result]], nbytes: int = 0) -> Result:
+    async def _ask(
+        self,
+        operation: str,
+        key: str,
+        ask: Callable[[], Awaitable[Result]],
+        nbytes: int = 0,
+        *,
+        limit: asyncio.Timeout | None = None,
+    ) -> Result:
         """What *ask* returns. All that is asked may be asked again. obstore repeats requests that get no answer, or 5xx;
-        not those whose answer breaks off, and that is done here."""
+        not those whose answer breaks off, and that is done here. *limit*: instead of that for *nbytes*; *ask* moves it."""
         deadline_s = self._timeout_s + nbytes / SLOWEST_BYTES_PER_S
         what = f"cannot {operation} {f'{key} in ' if key else ''}{self.url}"
         pause_s = 0.1
         async with self._requests:
             with _translated(what, operation, deadline_s):
-                async with asyncio.timeout(deadline_s):
+                async with limit or asyncio.timeout(deadline_s):
                     while True:
                         try:
                             return await ask()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final, TypeVar
@@ -24,7 +24,7 @@ from ..snapshot.record import SnapshotId
 from .chunks import CRC_BYTES, corner, is_run, payload_bytes, row_bytes, span
 from .entries import Entry, Stored
 from .inflight import Buffers, Room, each
-from .names import DELETED, ENTRIES, data_of, entry_key, parse_entry, parse_tombstone, parse_whole
+from .names import DELETED, ENTRIES, data_of, entry_key, parse_entry, parse_snapshot, parse_tombstone, parse_whole
 from .store import Found, Store
 
 Answer = TypeVar("Answer")
@@ -35,6 +35,8 @@ Progress = Callable[[int], None]
 AT_ONCE: Final = 16
 IN_FLIGHT_BYTES: Final = 128 << 20
 """What is being read or written at one time; and so the most memory that it takes here, on top of a store's own."""
+
+FOLDERS: Final = 8  # listed at one time
 
 # Sums of less are computed at once: handing them to a thread takes as long.
 _THREAD_FROM: Final = 256 << 10
@@ -78,14 +80,53 @@ class Damage:
     reason: str
 
 
-async def list_snapshots(store: Store) -> list[Listed]:
-    """All snapshots of which *store* holds the image of any rank, oldest first; objects of other names are not looked at."""
-    # Entries first: a snapshot that is deleted in between has its tombstone before it loses an entry.
-    found = await store.list(ENTRIES)
-    deleted = {parse_tombstone(grave.key) for grave in await store.list(DELETED)}
+async def list_snapshots(store: Store, *, complete: int | None = None, others: int = 32) -> list[Listed]:
+    """The snapshots of which *store* holds the image of any rank, oldest first; objects of other names are not looked at.
+
+    Args:
+        complete: if that many are enough: the newest so many that are complete, as many of which all was once known to be
+            persisted on all disks together, and the newest *others*. Takes time for those, not for all that are there. None
+            that are deleted.
+    """
+    # Entries first, here and below: a snapshot that is deleted in between has its tombstone before it loses an entry.
+    if complete is None:
+        found = await store.list(ENTRIES)
+        return _listed(found, await _deleted(store))
+    names = [name for name in reversed(await store.children(ENTRIES)) if parse_snapshot(name) is not None]
+    alive: list[Listed] = []
+    deleted = await _deleted(store)
+    while names and sum(one.complete for one in alive) < complete:
+        while names and sum(one.complete for one in alive) < complete:
+            alive += _listed(await _in_folders(store, names[:FOLDERS]), deleted)
+            del names[:FOLDERS]
+        deleted = await _deleted(store)
+        alive = [one for one in alive if not one.deleted and one.id not in deleted]
+    alive.sort(key=lambda one: (one.id, one.world))
+    chosen = [one for one in alive if one.complete][-complete:]
+    chosen += [one for one in alive if one.whole and not one.complete][-complete:]
+    chosen += [one for one in alive if not one.complete and not one.whole][-others:] if others else []
+    return sorted(chosen, key=lambda one: (one.id, one.world))
+
+
+async def _in_folders(store: Store, names: Sequence[str]) -> list[Found]:
+    """The objects of the entries of those snapshots."""
+    found: list[Found] = []
+
+    async def look(name: str) -> None:
+        found.extend(await store.list(f"{ENTRIES}{name}/"))
+
+    await each(names, look, FOLDERS)
+    return found
+
+
+async def _deleted(store: Store) -> set[SnapshotId | None]:
+    return {parse_tombstone(grave.key) for grave in await store.list(DELETED)}
+
+
+def _listed(objects: Sequence[Found], deleted: Container[SnapshotId | None]) -> list[Listed]:
     entries: dict[tuple[SnapshotId, int], dict[int, Found]] = {}
-    whole = {parse_whole(item.key) for item in found}
-    for item in found:
+    whole = {parse_whole(item.key) for item in objects}
+    for item in objects:
         if (parsed := parse_entry(item.key)) is not None:
             id, rank, world = parsed
             entries.setdefault((id, world), {})[rank] = item

@@ -6,9 +6,12 @@ import asyncio
 import time
 import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+import obstore
 import pytest
 from holdfast.errors import ConfigError, Corrupt, TierUnreachable
 from holdfast.storage.objects import _aws_files, _reason
@@ -128,6 +131,24 @@ def test_messages_are_short_and_carry_no_signatures() -> None:
         == "GET https://a.blob/x failed"
     )
     assert _reason(Exception("404: <Error><Code>No</Code> <Message>Not here</Message></Error>")) == "No: Not here"
+
+
+def test_a_long_listing_has_time_as_long_as_it_gets_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that is late fails it; many pages do not."""
+
+    async def pages(pause_s: float) -> AsyncIterator[list[dict[str, Any]]]:
+        for page in range(6):
+            await asyncio.sleep(pause_s)
+            yield [{"path": f"a/{page}", "size": 1, "last_modified": datetime.now(UTC)}]
+
+    async def scene(pause_s: float) -> int:
+        monkeypatch.setattr(obstore, "list", lambda *a, **k: pages(pause_s))
+        store = open_store(f"memory://{uuid.uuid4().hex}", timeout_s=2.0)
+        return len(await store.list("a/"))
+
+    assert asyncio.run(scene(0.5)) == 6
+    with pytest.raises(TierUnreachable, match="no answer"):
+        asyncio.run(scene(60.0))
 
 
 @pytest.mark.parametrize("text", ["aws_secret_access_key = SECRET\n", "[default]\naws_secret_access_key SECRET\n",

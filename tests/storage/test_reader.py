@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 from holdfast.errors import Corrupt, SnapshotUnknown, TierUnreachable
 from holdfast.snapshot.layout import ITEM_BYTES, Slice
+from holdfast.snapshot.record import SnapshotId
 from holdfast.storage.documents import seal, unseal
 from holdfast.storage.entries import Entry
 from holdfast.storage.files import FileStore
-from holdfast.storage.names import data_of, entry_key, tombstone_key
+from holdfast.storage.names import data_of, entry_key, tombstone_key, whole_key
 from holdfast.storage.reader import Damage, ImageReader, list_snapshots, read_entries, read_entry
+from holdfast.storage.store import Found
 from holdfast.storage.writer import Image, write_image
+from holdfast.tests.storage.broken import Broken
 from holdfast.tests.storage.memory import ID, Bytes, Memory, as_restored, box, image_of, tensor_bytes
 from holdfast.tests.storage.outsider import look
 
@@ -73,6 +76,51 @@ def test_worlds_are_never_mixed_and_foreign_objects_are_not_looked_at() -> None:
     assert [(listed.world, listed.ranks, listed.complete) for listed in found] == [
         (2, frozenset({0}), False), (3, frozenset({1}), False)
     ]  # fmt: skip
+
+
+def test_the_newest_complete_ones_are_found_without_listing_all() -> None:
+    """And however many newer ones are not complete, or deleted."""
+    store = Memory()
+
+    def put(step: int, ranks: int, *more: str) -> None:
+        id = SnapshotId(1, step, "a" * 32)
+        keys = [*(entry_key(id, rank, 2) for rank in range(ranks)), *more]
+        store.objects.update(dict.fromkeys(keys, b""))
+
+    for step in range(100):
+        put(step, 2)
+    for step in range(100, 150):
+        put(step, 1)
+    put(105, 1, whole_key(SnapshotId(1, 105, "a" * 32)))
+    put(151, 2, tombstone_key(SnapshotId(1, 151, "a" * 32)))
+    put(152, 1, "entries/readme/x")
+    watched = Broken(store)
+    found = asyncio.run(list_snapshots(watched, complete=2, others=3))
+    assert [(one.id.step, one.complete, one.whole) for one in found] == [
+        (98, True, False), (99, True, False), (105, False, True),
+        (148, False, False), (149, False, False), (152, False, False),
+    ]  # fmt: skip
+    assert sum(operation == "list" for operation, _ in watched.calls) < 70
+    assert ("list", "entries/") not in watched.calls
+    assert [one.id.step for one in asyncio.run(list_snapshots(store, complete=500, others=0))] == [*range(100), 105]
+    assert asyncio.run(list_snapshots(Memory(), complete=1)) == []
+
+
+def test_what_is_deleted_while_it_is_listed_is_made_up_for() -> None:
+    store = Memory()
+
+    class Deletes(Broken):
+        async def list(self, prefix: str) -> list[Found]:
+            if "0000000000000029" in prefix:
+                store.objects[tombstone_key(SnapshotId(1, 29, "a" * 32))] = b""
+            return await super().list(prefix)
+
+    for step in range(30):
+        store.objects[entry_key(SnapshotId(1, step, "a" * 32), 0, 1)] = b""
+    for count in (1, 8, 29):
+        store.objects.pop(tombstone_key(SnapshotId(1, 29, "a" * 32)), None)
+        found = asyncio.run(list_snapshots(Deletes(store), complete=count))
+        assert [one.id.step for one in found] == [*range(29 - count, 29)]
 
 
 # -- entries -------------------------------------------------------------------------------------------------------------
