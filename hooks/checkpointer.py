@@ -18,7 +18,6 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -38,6 +37,7 @@ from ..snapshot.record import SnapshotId, table_bytes_for
 from ..snapshot.recovery import HeldParity, Relied, plan, relied_on
 from ..snapshot.state import to_leaf
 from ..storage.tiers import Tier
+from .arrivals import Arrivals, taken
 from .binder import Binder
 from .books import Books
 from .contract import Deadlines, State, Stats, Ticket
@@ -53,7 +53,6 @@ from .spilling import Spilling
 
 _log = logging.getLogger(__name__)
 _REPORT_EVERY_S: Final = 0.5
-_GATHER_S: Final = 10.0  # for the other ranks to say that they waited in vain
 _LAST_TRIES: Final = 8  # steps at which a last snapshot is tried, when the job is to end
 
 
@@ -252,11 +251,11 @@ class Checkpointer:
         with self._books.guard("fence"):
             self._close_window()
         if state == "sealed":
-            self._holding.wait_sealed(_taken(ticket), timeout_s)
+            self._holding.wait_sealed(taken(ticket), timeout_s)
         elif state == "protected":
             self._wait_protected(ticket, timeout_s)
         else:
-            self._wait_persisted(ticket, timeout_s)
+            self._arrivals.persisted(ticket, timeout_s, self._digest)
 
     def restore(self) -> int | None:
         """Bring the newest snapshot of this job back into the live objects. Collective.
@@ -370,10 +369,12 @@ class Checkpointer:
                 self._start_fresh_or_not(step)
                 self._binder.first(self._deadlines.attach)
         with self._books.guard("step"):
-            patience_s = max(self._notice.left_s, self._deadlines.last)
+            # What may be the last step is waited for as long as the slowest rank's copy may take.
+            patience_s = max(self._notice.left_s, self._deadlines.last) + self._deadlines.fence
             verdict = self._pulse.harvest(step, wanted, self._standing, self._deadlines.beat, patience_s)
             self._spilling.step_ended(step)
             self._holding.persisted = self._pulse.agreed.persisted
+            self._holding.ending = self._pulse.agreed.stopping
             try:
                 if verdict.take:
                     ticket = self._take(step, verdict.due or int(verdict.stop and bool(self._spilling.tiers)))
@@ -490,44 +491,38 @@ class Checkpointer:
             self._holding.floor_stands()
 
     def _wait_protected(self, ticket: Ticket, timeout_s: float) -> None:
-        """Wait for all ranks; return only when all of them know. Collective, also for ranks that did not take it."""
-        id, what = ticket.id, f"step {ticket.step}"
-
-        def here() -> None:
-            self._holding.wait_sealed(_taken(ticket), timeout_s, guarded=True)
-
-        together(self._ranks, f"protecting {what}", timeout_s + _GATHER_S, here)
-        assert id is not None
-        # First marked everywhere, then reported anywhere: who is told of it here can rely on it wherever this rank dies.
-        together(self._ranks, f"marking {what}", timeout_s, lambda: self._holding.mark_complete(id))
+        id = self._arrivals.protected(ticket, timeout_s)
         if id == self._id(id.step):
             self._pulse.complete(id.step)
+            self._spilling.advance(id.step)
 
-    def _wait_persisted(self, ticket: Ticket, timeout_s: float) -> None:
-        """Wait for the nearest tier of every rank. Whether other nodes hold parity does not matter for it. Collective."""
-        what, wait_s = f"step {ticket.step}", timeout_s + _GATHER_S
-        together(self._ranks, f"sealing {what}", wait_s, lambda: self._holding.wait_sealed(_taken(ticket), timeout_s))
-        persist = partial(self._spilling.persist, _taken(ticket), timeout_s)
-        together(self._ranks, f"persisting {what}", wait_s, persist)
+    @property
+    def _arrivals(self) -> Arrivals:
+        return Arrivals(self._ranks, self._holding, self._spilling)
 
     def _last_step(self, ticket: Ticket | None) -> None:
         """All ranks are here: see the last snapshot to where it is safest, within the grace. Collective."""
         if self._should_stop:
             return  # the loop goes on all the same, which is its business
+        if self._pulse.missed_stop:
+            self._should_stop = True
+            _log.warning("the other ranks have ended without this one, which came too late to their last step")
+            return
+        left_s = max(self._notice.left_s, self._deadlines.last)
         if ticket is None and self._last_tries < _LAST_TRIES:
             self._last_tries += 1  # slots were busy, or some rank could not: the next step may do
+            self._holding.wait_able(left_s / _LAST_TRIES / 2)
             return
         self._should_stop = True
-        if ticket is None:
-            _log.warning("the job ends without a last snapshot; it goes on from step %s", self.watermark)
-            return
+        watermark = self._pulse.agreed.watermark
+        last = ticket or Ticket(watermark, None, self._keep() if watermark != NONE else None)
         state: State = "persisted" if self._spilling.tiers else "sealed" if self._holding.alone else "protected"
         try:
-            self.wait(ticket, state, max(self._notice.left_s, 1.0) if self._notice.given else self._deadlines.last)
+            self.wait(last, state, left_s)
         except HoldfastError as error:
-            _log.warning("the last snapshot, of step %d, could not be %s: %s", ticket.step, state, error)
+            _log.warning("the last snapshot, of step %d, could not be %s: %s", last.step, state, error)
         else:
-            _log.warning("the last snapshot, of step %d, is %s", ticket.step, state)
+            _log.warning("the last snapshot, of step %d, is %s", last.step, state)
 
     def _settle_flight(self) -> None:
         """Fence what is open and wait for it to be sealed, within the deadline of ``close``."""
@@ -553,6 +548,7 @@ class Checkpointer:
             digest=self._digest,
             stop=self._notice.given,
             due=self._spilling.due(),
+            free=self._spilling.free(),
             persisted=self._spilling.persisted,
         )
 
@@ -616,10 +612,12 @@ class Checkpointer:
             lambda: (self._holding.inventory(wait_s), self._holding.stored(wait_s)),
         )
         found = gather_inventories(self._ranks, reply, listed, wait_s)
-        names = self._ranks.gather(uuid.uuid4().hex.encode(), "agreeing on a run", wait_s)
-        self._run = names[0].decode()
+        names = self._ranks.gather(f"{uuid.uuid4().hex} {time.time() // 60:.0f}".encode(), "agreeing on a run", wait_s)
+        self._run, minutes = names[0].decode().split()
         left = [part.id for parts in (found.images, found.parities, found.stored) for part in parts]
         self._generation = 1 + max((id.generation for id in left), default=0)
+        if found.silent:  # a tier that cannot be read now may hold runs that none of these knows of
+            self._generation = max(self._generation, int(minutes))
         # What the job would go back to until this run has a complete snapshot of its own; never overwritten before.
         floor = plan(found.images, self._ranks.world, parities=found.parities).chosen
         self._go_on_from(None, floor or max(self._holding.held(), default=None))
@@ -649,7 +647,7 @@ class Checkpointer:
             advanced=self._advanced,
         )
         self._spilling.begin_run(self._run, restored.step if restored else 0)
-        self._holding.persisted = NONE
+        self._holding.forget_spills()
 
     def _interrupt_run(self) -> None:
         """Leave the run in the middle; what is held has changed since it began. Collective.
@@ -685,10 +683,3 @@ class Checkpointer:
                 last_copy_s=self._stats.copy_s,
             )
         )
-
-
-def _taken(ticket: Ticket) -> SnapshotId:
-    """The snapshot's identity. Raises ``SnapshotSkipped`` if it was not taken."""
-    if ticket.id is None:
-        raise SnapshotSkipped(f"step {ticket.step} was not taken: {ticket.skipped}")
-    return ticket.id

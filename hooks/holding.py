@@ -49,10 +49,12 @@ class Holding:
         alone: this node has no group, so nothing is protected against its loss.
         welcome: what the agent said of itself.
         persisted: the newest step of this run that all ranks know to lie in the nearest tier, or ``NONE``.
+        ending: the job is to end, so the last snapshot comes before what is being spilled.
     """
 
     welcome: wire.Welcome
     persisted: int = NONE
+    ending: bool = False
 
     def __init__(
         self,
@@ -241,7 +243,21 @@ class Holding:
     def pin(self, id: SnapshotId, timeout_s: float) -> None:
         """Leave the slot of *id* alone until it is spilled, or that long: who spills it may never answer."""
         with self._changed:
-            self._pinned[id] = time.monotonic() + timeout_s
+            self._pinned[id] = max(self._pinned.get(id, 0.0), time.monotonic() + timeout_s)
+
+    def forget_spills(self) -> None:
+        """Another run begins: what the last one was to spill is not waited for."""
+        with self._changed:
+            self.persisted = NONE
+            self._pinned.clear()
+            self._spills.clear()
+
+    def wait_able(self, timeout_s: float) -> None:
+        """Return once a slot could be filled, or after that time."""
+        deadline_s = time.monotonic() + timeout_s
+        with self._changed:
+            while self.objection() is not None and (left_s := deadline_s - time.monotonic()) > 0:
+                self._changed.wait(left_s)
 
     def spill(self, id: SnapshotId, tiers: int) -> None:
         """Have the agent write this rank's image of *id*, which is complete on all ranks, to the first *tiers* tiers.
@@ -275,7 +291,7 @@ class Holding:
     def _pins(self) -> frozenset[SnapshotId]:
         now_s = time.monotonic()
         self._pinned = {id: until_s for id, until_s in self._pinned.items() if until_s > now_s}
-        return frozenset(self._pinned)
+        return frozenset() if self.ending else frozenset(self._pinned)
 
     def _spilled(self, spilled: wire.Spilled) -> None:
         id = id_of(spilled.id)

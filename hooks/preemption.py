@@ -26,6 +26,7 @@ class Notice:
         """Without *grace_s*, no signal is listened to. Signals can be had by the main thread only."""
         self.grace_s = grace_s
         self._given_s: float | None = None
+        self._pid = os.getpid()
         self._former: dict[signal.Signals, Any] = {}
         if grace_s is None:
             return
@@ -61,8 +62,8 @@ class Notice:
 
     def _heard(self, number: int, _frame: FrameType | None) -> None:
         # No logging here: a handler runs between any two lines of the training loop, which may be logging.
-        if self._given_s is None:
+        if os.getpid() == self._pid and self._given_s is None:
             self._given_s = time.monotonic()
-        elif self.left_s == 0.0:
+        elif os.getpid() != self._pid or self.left_s == 0.0:  # a forked worker has nobody to ask whether it should stop
             signal.signal(number, self._former.get(signal.Signals(number)) or signal.SIG_DFL)
             os.kill(os.getpid(), number)

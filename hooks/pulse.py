@@ -36,7 +36,7 @@ class Standing:
         relayout: the state's structure has changed.
         busy_us: duration of the running step so far, in microseconds.
         stop: a preemption notice has come to this rank.
-        due: to how many tiers the next snapshot should go.
+        due, free: to how many tiers the next snapshot should go, and at most can.
         persisted: the newest step of this run whose image of this rank lies in the nearest tier, or ``NONE``.
         digest: the newest step that this rank has begun to copy, and the digest of what all ranks should hold alike, sampled
             then; None if there is none.
@@ -49,6 +49,7 @@ class Standing:
     digest: tuple[int, int] | None = None
     stop: bool = False
     due: int = 0
+    free: int = UNKNOWN
     persisted: int = NONE
 
 
@@ -61,6 +62,7 @@ class Pulse:
     Attributes:
         agreed: what all ranks have concluded so far.
         known: the newest watermark that all ranks know of: who took part in a beat has concluded the one before.
+        missed_stop: the last step is over for the other ranks, and this one learned of it too late.
     """
 
     def __init__(
@@ -91,11 +93,13 @@ class Pulse:
         self._advanced = advanced
         self._ordinal = 0  # of the step now running
         self._beat: _UnderWay | None = None
+        self.missed_stop = False
 
     def start(self, standing: Callable[[], Standing]) -> None:
         """Begin the running step's beat, unless it has begun, an older one is still under way, or ranks must align."""
         if self._beat is not None and self._beat.step is not None:
-            self._settle(timeout_s=0.0)  # it was late: should its step have been taken, it is not held here
+            late = self._settle(timeout_s=0.0)  # should its step have been taken, it is not held here
+            self.missed_stop |= late is not None and late.stop
         if self._beat is None and self._ordinal >= self.agreed.resume_at:
             facts = self._facts(standing())
             pending = self._ranks.reduce_min(facts.to_vector())
@@ -117,7 +121,7 @@ class Pulse:
         if mine:
             self._beat.step, self._beat.wanted = step, wanted
         verdict = self._settle(max(timeout_s, patience_s) if self._beat.stop else timeout_s) if mine else None
-        return verdict or Verdict(False, "beat-late" if wanted else None)
+        return verdict or Verdict(False, "beat-late" if wanted else None, stop=self.missed_stop)
 
     def _settle(self, timeout_s: float) -> Verdict | None:
         """Conclude the beat under way if its answer comes in time."""
@@ -169,6 +173,7 @@ class Pulse:
             stop=standing.stop,
             all_stop=standing.stop,
             due=standing.due,
+            free=standing.free,
             low_persisted=standing.persisted,
             high_persisted=standing.persisted,
         )

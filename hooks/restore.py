@@ -236,6 +236,7 @@ class Restorer:
             SnapshotLost: one was complete, and neither it nor an older one can be had. The live tensors may be partly
                 overwritten if its images proved damaged only then.
             LayoutMismatch: it does not fit the live state, or this number of ranks; nothing is changed.
+            TierUnreachable: nothing is to be had, or not what was complete last, and a tier may have it that cannot be read now.
             RestoreDiverged: ranks that must agree do not.
         """
         struck = _Struck()
@@ -249,6 +250,7 @@ class Restorer:
                 found.stored,
                 struck.unread,
             )
+            self._refuse_to_go_far_back(decision, found)
             if decision.chosen is None:
                 self._nothing_left(decision, found, struck)
                 return None
@@ -288,11 +290,21 @@ class Restorer:
         ]
         return replace(found, images=(*found.images, *brought))
 
+    def _refuse_to_go_far_back(self, decision: Plan, found: Found) -> None:
+        """Raise if a newer snapshot is passed over for a reason that somebody can do something about.
+
+        Tiers keep milestones for ever; without this, a job that comes back with another number of ranks would go on from one.
+        """
+        if decision.lost is None:
+            return
+        worlds = {part.world for parts in (found.images, found.stored) for part in parts if part.id == decision.lost}
+        if worlds and self._ranks.world not in worlds:
+            raise LayoutMismatch(decision.explain())
+        if found.silent:
+            raise TierUnreachable("\n".join([decision.explain(), "these tiers may have it:", *found.silent]))
+
     def _nothing_left(self, decision: Plan, found: Found, struck: _Struck) -> None:
         """Raise unless it is certain that no snapshot ever was complete: starting afresh must not be an accident."""
-        worlds = {image.world for image in found.images} | {part.world for part in found.stored}
-        if decision.loss and worlds - {self._ranks.world}:
-            raise LayoutMismatch(decision.explain())
         if found.silent:
             raise TierUnreachable("\n".join([decision.explain(), "these tiers may have more:", *found.silent]))
         if decision.loss or struck.copies or found.spoiled:

@@ -60,7 +60,7 @@ class Spilling:
             self._run = run
             self._begun = tuple(Begun(step) for _ in self.tiers)
             self._asked = self._again = 0  # to how many tiers the next one goes; and one later on, as some failed
-            self._again_s, self._pause_s = 0.0, _AGAIN_S[0]
+            self._again_s, self._pauses_s = 0.0, [_AGAIN_S[0]] * len(self.tiers)
             self._marked: dict[SnapshotId, int] = {}
             self._persisted = NONE
             self._steps = (step, step)
@@ -83,6 +83,11 @@ class Spilling:
             mask = due(self.tiers, self._begun, step=step, now_s=self._clock()) if self._asks else 0
             again = self._again if self._clock() >= self._again_s else 0
             return max(mask.bit_length(), self._asked, again)
+
+    def free(self) -> int:
+        """To how many tiers it can go: a tier that is busy with the last one holds up itself and all slower ones."""
+        with self._lock:
+            return next((index for index, last in enumerate(self._begun) if last.busy), len(self._begun))
 
     def begin(self, id: SnapshotId, tiers: int) -> None:
         """All ranks take *id*, and will spill it to the first *tiers* tiers once it is complete."""
@@ -123,7 +128,12 @@ class Spilling:
         self.holding.pin(id, timeout_s)
         marked = dict(self._ready(id.step))
         self._spill([(other, tiers) for other, tiers in marked.items() if other != id])
-        self.holding.spill(id, marked.get(id, 1))
+        try:
+            self.holding.spill(id, marked.get(id, 1))
+        except SnapshotSkipped:
+            with self._lock:
+                self._end(marked.get(id, 0), None)
+            raise
         self.holding.wait_spilled(id, timeout_s)
 
     def _ready(self, step: int) -> list[tuple[SnapshotId, int]]:
@@ -146,16 +156,17 @@ class Spilling:
                 self._begun = tuple(begun)
             if spilled.error:
                 self._try_again(tier, spilled.error)
-            elif tier == 0:
+                return
+            self._pauses_s[tier] = _AGAIN_S[0]
+            if tier == 0:
                 self._persisted = max(self._persisted, id.step)
-                self._pause_s = _AGAIN_S[0]
 
     def _try_again(self, tier: int, error: str) -> None:
         """What kept this rank's image out of a tier may be over long before the next one is due. Any rank's request counts."""
         if not isinstance(told(error), TierFull):  # that costs a deletion each time
             self._again = max(self._again, tier + 1)
-            self._again_s = self._clock() + self._pause_s
-            self._pause_s = min(2 * self._pause_s, _AGAIN_S[1])
+            self._again_s = max(self._again_s, self._clock() + self._pauses_s[tier])
+            self._pauses_s[tier] = min(2 * self._pauses_s[tier], _AGAIN_S[1])
 
     def _end(self, tiers: int, cost_s: float | None) -> None:
         self._begun = tuple(ended(b, cost_s) if i < tiers else b for i, b in enumerate(self._begun))

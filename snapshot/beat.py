@@ -32,6 +32,7 @@ class Facts:
         low_digest, high_digest: of a sample of what all ranks should hold alike, at the newest step taken; reduced, the
             range. ``UNKNOWN`` where a rank has none.
         due: how many tiers, from the nearest on, the next snapshot is to be spilled to; reduced, the most that any rank asks.
+        free: to how many it can be, as the next one is still busy with the last; reduced, the fewest.
         low_persisted, high_persisted: the newest step whose image of this rank lies in the nearest tier, or ``NONE``; reduced,
             the range. Images are spilled in order, so if all name the same step, the whole snapshot is there.
     """
@@ -50,6 +51,7 @@ class Facts:
     low_digest: int = UNKNOWN
     high_digest: int = UNKNOWN
     due: int = 0
+    free: int = UNKNOWN
     low_persisted: int = NONE
     high_persisted: int = NONE
 
@@ -70,6 +72,7 @@ class Facts:
             self.low_digest,
             -self.high_digest if self.high_digest != UNKNOWN else UNKNOWN,
             -self.due,
+            self.free,
             self.low_persisted,
             -self.high_persisted,
         ]
@@ -78,11 +81,11 @@ class Facts:
     def from_vector(cls, vector: Sequence[int]) -> Facts:
         """Inverse of ``to_vector``."""
         first, last, taken, last_taken, complete, discarded, able, relayout, *others = vector
-        stop, all_stop, busy, low, high, due, low_persisted, high_persisted = others
+        stop, all_stop, busy, low, high, due, free, low_persisted, high_persisted = others
         return cls(
             first, -last, taken, -last_taken, complete, discarded if discarded != UNKNOWN else NONE,
             bool(able), bool(relayout), bool(stop), bool(all_stop), -busy, low, -high if high != UNKNOWN else UNKNOWN,
-            -due, low_persisted, -high_persisted,
+            -due, free, low_persisted, -high_persisted,
         )  # fmt: skip
 
 
@@ -160,7 +163,7 @@ def settle(agreed: Agreed, facts: Facts, *, step: int, wanted: bool, slots: int)
         max(agreed.persisted, persisted),
         agreed.stopping or facts.stop,
     )
-    return now, Verdict(take, reason, relayout, last, facts.busy_us, facts.due)
+    return now, Verdict(take, reason, relayout, last, facts.busy_us, min(facts.due, facts.free))
 
 
 def _objection(

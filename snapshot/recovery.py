@@ -134,12 +134,14 @@ class Plan:
         rejected: every snapshot newer than the chosen one, newest first.
         loss: why going back to *chosen* (or, without one, starting afresh) gives up a snapshot that was complete once.
             None in the ordinary case: what is passed over never was complete.
+        lost: the newest such snapshot.
     """
 
     chosen: SnapshotId | None
     sources: tuple[Origin, ...]
     rejected: tuple[Rejected, ...]
     loss: str | None
+    lost: SnapshotId | None = None
 
     def explain(self) -> str:
         """The plan in words, one line per fact."""
@@ -189,9 +191,9 @@ def plan(
     for prospect in prospects(held, world, damaged, parities, hopeless, stored, unreadable):
         known |= {prospect.id} if prospect.complete else set()
         if prospect.reason is None:
-            return Plan(prospect.id, prospect.sources, tuple(rejected), _loss(rejected, known))
+            return Plan(prospect.id, prospect.sources, tuple(rejected), *_loss(rejected, known))
         rejected.append(Rejected(prospect.id, prospect.reason))
-    return Plan(None, (), tuple(rejected), _loss(rejected, known))
+    return Plan(None, (), tuple(rejected), *_loss(rejected, known))
 
 
 def prospects(
@@ -397,6 +399,8 @@ def _in_place(mates: Sequence[HeldParity], beside: Collection[tuple[str, int]]) 
     return [taken[agent] for agent in sorted(taken)]
 
 
-def _loss(rejected: Sequence[Rejected], known: set[SnapshotId]) -> str | None:
-    lost = [r for r in rejected if r.id in known]
-    return f"{lost[0].id} was complete and cannot be had: {lost[0].reason}" if lost else None
+def _loss(rejected: Sequence[Rejected], known: set[SnapshotId]) -> tuple[str | None, SnapshotId | None]:
+    lost = next((r for r in rejected if r.id in known), None)
+    if lost is None:
+        return None, None
+    return f"{lost.id} was complete and cannot be had: {lost.reason}", lost.id

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -264,3 +265,47 @@ def test_without_a_grace_signals_are_left_alone(shared: Node) -> None:
     former = signal.getsignal(signal.SIGTERM)
     with shared.attach(Loop.make().model):
         assert signal.getsignal(signal.SIGTERM) is former
+
+
+def test_a_preemption_notice_comes_before_what_is_being_spilled(node: Node, tmp_path: Path) -> None:
+    """Both slots are taken, one by the job's watermark and one by a spill that takes its time."""
+    slow = Tier(str(tmp_path / "slow"), every=1000, bandwidth="40KB")
+    loop = Loop.make()
+    with node.attach(loop.model, loop.optimizer, tiers=[slow], grace="60s") as ckpt:
+        ckpt.restore()
+        ckpt._spilling.ask(1)
+        steps = itertools.count(1)
+
+        def held_up() -> bool:
+            loop.turn()
+            return ckpt.snapshot(next(steps)).skipped == "spilling"
+
+        until(held_up, "a spill that holds a slot")
+        os.kill(os.getpid(), signal.SIGTERM)
+        last = 0
+
+        def stopped() -> bool:
+            nonlocal last
+            last = next(steps)
+            loop.turn()
+            ckpt.step(last)
+            return ckpt.should_stop
+
+        until(stopped, "the last step")
+    before = loop.bits()
+    lost(node)
+    step, again, ckpt = came_back(node, slow)
+    ckpt.close()
+    assert (step, again.bits()) == (last, before)
+
+
+def test_a_forked_worker_dies_of_the_signal_that_gives_notice(shared: Node) -> None:
+    with shared.attach(Loop.make().model, grace="60s") as ckpt:
+        pid = os.fork()
+        if pid == 0:
+            while True:  # until the signal: one that comes just before pause() would be missed
+                time.sleep(0.01)
+        os.kill(pid, signal.SIGTERM)
+        _, status = os.waitpid(pid, 0)
+        assert os.WTERMSIG(status) == signal.SIGTERM
+        assert not ckpt._notice.given

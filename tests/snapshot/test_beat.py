@@ -208,3 +208,8 @@ def test_a_snapshot_is_persisted_once_all_ranks_name_it(low: int, high: int, exp
 def test_complete_here_needs_all_older_ones(agreed: Agreed, sealed: set[int], expected: int) -> None:
     """Else one rank's newer and another's older snapshot would look like one that both have."""
     assert complete_here(agreed, frozenset(sealed)) == expected
+
+
+def test_what_is_due_goes_no_farther_than_the_slowest_rank_has_room_for() -> None:
+    said = reduced(facts(Agreed(7), 7, due=2), facts(Agreed(7), 7, free=1), facts(Agreed(7), 7))
+    assert settled(Agreed(7), said)[1] == Verdict(True, due=1)

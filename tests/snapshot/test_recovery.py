@@ -194,3 +194,10 @@ def test_what_was_persisted_on_a_disk_that_is_lost_is_not_passed_over_in_silence
     assert decision.chosen is None
     assert decision.loss is not None
     assert "rank 1 missing" in decision.explain()
+
+
+def test_what_was_lost_is_named() -> None:
+    a, b = id(5), id(9)
+    found = plan([], 2, stored=[in_tier(a, (0, 2)), in_tier(b, (0, 4), world=4)])
+    assert (found.chosen, found.lost) == (a, b)
+    assert plan([], 2, stored=[in_tier(a, (0, 2))]).lost is None
