@@ -20,6 +20,7 @@ import errno
 import itertools
 import os
 import re
+import resource
 import stat
 import threading
 import time
@@ -40,11 +41,12 @@ from .store import GET_BYTES, TIMEOUT_S, Buffer, Found, Names, checked, checked_
 from .work import Work, in_thread, soon
 
 THREADS: Final = 4  # that many calls keep a disk busy; each has a bounce buffer of its own
-UNSYNCED_FILES: Final = (
-    128  # descriptors kept for settle: a file's failure to get to the disk is told to one who has it open
-)
+# Descriptors kept for settle: a file's failure to get to the disk is told to one who has it open. Many, as far as the process
+# may have them: a sync while bulk bytes are on their way has the device flush, and they wait.
+UNSYNCED_FILES: Final = max(64, min(2048, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
 SYNCS: Final = 8  # at a time: whoever syncs only waits
-HELD_BYTES: Final = 64 << 10  # an object that may wait and is no longer than this is kept in memory until it is synced
+HELD_BYTES: Final = 64 << 10  # an object that may wait and is no longer than this is written together with others
+HELD_OBJECTS: Final = 64  # so many
 _TEMPORARY: Final = re.compile(r"\.tmp-([0-9a-f]{8})-([0-9]{1,10})-[0-9a-f]{32}", re.ASCII)
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _ABSENT: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG})
@@ -87,7 +89,7 @@ class FileStore:
         self._drafts: dict[str, _Draft] = {}
         self._lost: dict[str, OSError] = {}
         self._renamed_in: set[Path] = set()  # folders that settle has yet to sync; only whoever settles changes it
-        self._open_count = 0
+        self._open_count = self._held_count = 0
         self._names_from, self._number = uuid.uuid4().hex[:20], itertools.count()
         self._closed = False
 
@@ -109,6 +111,10 @@ class FileStore:
         earlier = self._keep(_Draft(key, self._temporary_beside(path), path, None, data))
         if earlier is not None:
             await self._run("write", key, lambda work: self._discard(earlier))
+        self._held_count += 1
+        if self._held_count >= HELD_OBJECTS:
+            self._held_count = 0
+            await self._run("write", key, self._write_all_held)
 
     async def settle(self) -> None:
         """See Store."""
@@ -302,14 +308,20 @@ class FileStore:
 
     def _sync_drafts(self, work: Work) -> Sequence[_Draft]:
         """Have what waits now on the device; returns it, what could not get there left out."""
-        with self._lock:
-            drafts = list(self._drafts.values())
-        for draft in drafts:
-            work.go_on()
-            self._or_lose(draft, self._write_held)
+        drafts = self._write_all_held(work)
         self._in_parallel(work, drafts, lambda draft: self._or_lose(draft, self._sync))
         with self._lock:
             return [draft for draft in drafts if self._drafts.get(draft.key) is draft]
+
+    def _write_all_held(self, work: Work) -> Sequence[_Draft]:
+        """Have a file of all that waits now; returns it."""
+        with self._lock:
+            drafts = list(self._drafts.values())
+        for draft in drafts:
+            if draft.held is not None:
+                work.go_on()
+                self._or_lose(draft, self._write_held)
+        return drafts
 
     def _or_lose(self, draft: _Draft, step: Callable[[_Draft], None]) -> None:
         try:
