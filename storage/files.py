@@ -49,7 +49,7 @@ HELD_BYTES: Final = 64 << 10  # an object that may wait and is no longer than th
 HELD_OBJECTS: Final = 64  # so many
 _TEMPORARY: Final = re.compile(r"\.tmp-([0-9a-f]{8})-([0-9]{1,10})-[0-9a-f]{32}", re.ASCII)
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_ABSENT: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG})
+_ABSENT: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP})
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -122,8 +122,12 @@ class FileStore:
             await self._run("settle", "", self._settle)
 
     async def forget(self, keys: Sequence[str]) -> None:
-        """See Store."""
-        await self._run("give up", "", lambda work: self._forget(keys))
+        """See Store. Nothing waits for them any more even if this fails, as it does where threads hang: files stay then."""
+        with self._lock:  # on the loop: in time for whoever settles next
+            drafts = [draft for key in keys if (draft := self._drafts.pop(key, None)) is not None]
+            for key in keys:
+                self._lost.pop(key, None)
+        await self._run("give up", "", lambda work: self._give_up(drafts))
 
     async def confirm(self, prefix: str) -> None:
         """See Store."""
@@ -192,12 +196,13 @@ class FileStore:
                 for folder in self._folders_of(draft.path):
                     self._sync_folder(folder)
                 reach("spill.folders-synced")
+                earlier = self._take_back(key)
             else:
-                work.go_on()
+                with work.memory():  # not while the loop calls this off, and whoever put it forgets it
+                    earlier = self._keep(draft)
         except BaseException:
             self._discard(draft)
             raise
-        earlier = self._keep(draft) if not durable else self._take_back(key)
         if earlier is not None:
             self._discard(earlier)  # settling must not put it in place of this one
 
@@ -224,6 +229,7 @@ class FileStore:
         return path.parent / f".tmp-{_host()}-{os.getpid()}-{self._names_from}{next(self._number):012x}"
 
     def _create(self, draft: _Draft) -> None:
+        self._refuse_links(draft.path.parent)
         for _ in range(20):  # another process may remove a folder that is empty, between our making it and our using it
             with suppress(FileNotFoundError):
                 draft.fd = self._disk.create(draft.temporary)
@@ -245,6 +251,21 @@ class FileStore:
                 self._sync_folder(folder.parent)
         elif not folder.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+
+    def _refuse_links(self, path: Path) -> None:
+        """Links inside the tier lead out of it, or to what is there under another key: whoever put them, none is followed."""
+        at = str(self._root)
+        for part in path.relative_to(self._root).parts:
+            at = f"{at}/{part}"
+            if os.path.islink(at):
+                raise OSError(errno.ELOOP, "there is a link")
+
+    def _is_beyond_link(self, path: Path) -> bool:
+        try:
+            self._refuse_links(path)
+        except OSError:
+            return True
+        return False
 
     def _write_held(self, draft: _Draft) -> None:
         with draft.lock:
@@ -273,11 +294,7 @@ class FileStore:
         if there:
             quietly_unlink(self._disk, draft.temporary)
 
-    def _forget(self, keys: Sequence[str]) -> None:
-        with self._lock:
-            drafts = [draft for key in keys if (draft := self._drafts.pop(key, None)) is not None]
-            for key in keys:
-                self._lost.pop(key, None)
+    def _give_up(self, drafts: Sequence[_Draft]) -> None:
         for draft in drafts:
             self._discard(draft)
             self._remove_empty(draft.path.parent)
@@ -380,6 +397,8 @@ class FileStore:
 
     def _confirm(self, work: Work, prefix: str) -> None:
         folder = self._root / prefix
+        if self._is_beyond_link(folder):
+            return
         for found in self._walk(work, folder):
             self._sync_folder(found)
         for above in self._folders_of(folder / "any"):
@@ -388,14 +407,18 @@ class FileStore:
     async def _get(self, path: Path) -> bytes:
         import aiofiles  # only here: agents without tiers do without it
 
-        async with aiofiles.open(path, "rb", opener=_open_to_read, executor=self._pool) as file:
+        async with aiofiles.open(path, "rb", opener=self._open_to_read, executor=self._pool) as file:
             data: bytes = await file.read(GET_BYTES + 1)
         if len(data) > GET_BYTES:
             raise Corrupt(f"{path} is longer than any document: more than {GET_BYTES} bytes")
         return data
 
+    def _open_to_read(self, path: str | Path, flags: int = os.O_RDONLY) -> int:
+        self._refuse_links(Path(path))
+        return _open_to_read(path, flags)
+
     def _read(self, work: Work, key: str, parts: Sequence[memoryview]) -> None:
-        fd = _open_to_read(self._root / key)
+        fd = self._open_to_read(self._root / key)
         try:
             there, wanted = os.fstat(fd).st_size, sum(part.nbytes for part in parts)
             if there != wanted:
@@ -430,6 +453,8 @@ class FileStore:
 
     def _objects(self, work: Work, prefix: str) -> Iterator[Found]:
         self._check_root()
+        if self._is_beyond_link(self._root / prefix):
+            return
         for folder in self._walk(work, self._root / prefix):
             with suppress(FileNotFoundError):
                 for name in self._names(folder, folders=False):
@@ -441,6 +466,8 @@ class FileStore:
 
     def _children(self, prefix: str) -> Names:
         self._check_root()
+        if self._is_beyond_link(self._root / prefix):
+            return []
         with suppress(FileNotFoundError, NotADirectoryError):
             return sorted(name for name in self._names(self._root / prefix, folders=True) if is_key(name))
         return []
@@ -454,6 +481,8 @@ class FileStore:
                 self._lost.pop(key, None)
             if draft is not None:
                 self._discard(draft)
+            if self._is_beyond_link((self._root / key).parent):
+                continue
             with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 self._disk.unlink(self._root / key)
             # Also for what was not there: it may have been removed a moment ago, by one who died before the sync.
@@ -529,7 +558,7 @@ class FileStore:
 
 def _open_to_read(path: str | Path, flags: int = os.O_RDONLY) -> int:
     # Nonblocking: a pipe that somebody left there must not hold us up.
-    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
+    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))

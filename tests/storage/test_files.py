@@ -19,7 +19,7 @@ import pytest
 from holdfast.errors import ObjectMissing, TierFull, TierUnreachable
 from holdfast.storage import disk as disk_module
 from holdfast.storage.disk import Disk
-from holdfast.storage.files import HELD_BYTES, UNSYNCED_FILES, FileStore
+from holdfast.storage.files import HELD_BYTES, THREADS, UNSYNCED_FILES, FileStore
 from holdfast.storage.store import Buffer, Store, open_store
 from holdfast.storage.work import Work
 from holdfast.tests.storage.contract import MIB, StoreContract, pattern, read, within
@@ -328,6 +328,70 @@ def test_who_was_told_that_a_put_failed_does_not_find_it_later(tmp_path: Path) -
 
 
 # ---- what else lies in a folder ----
+
+
+def test_what_is_forgotten_troubles_nobody_even_while_all_threads_hang(tmp_path: Path) -> None:
+    let_go = threading.Event()
+
+    class Bad(Disk):
+        def sync(self, fd: int) -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        def read(self, fd: int, parts: Sequence[memoryview], work: Work) -> None:
+            let_go.wait(60)
+
+    async def play() -> None:
+        (tmp_path / "there").write_bytes(b"x")
+        store = FileStore(tmp_path, timeout_s=0.5, disk=Bad())
+        for name in ("lost", "waits"):
+            await store.put(name, [b"x"], durable=False)
+            if name == "lost":
+                with pytest.raises(TierUnreachable, match="Input/output error"):
+                    await store.settle()
+        hung = [store.read_into("there", [memoryview(bytearray(1))]) for _ in range(THREADS)]
+        assert all(isinstance(end, TierUnreachable) for end in await asyncio.gather(*hung, return_exceptions=True))
+        with pytest.raises(TierUnreachable):
+            await store.forget(["lost", "waits"])
+        let_go.set()
+        await store.settle()
+        await store.close()
+
+    asyncio.run(play())
+
+
+def test_links_are_not_followed(tmp_path: Path) -> None:
+    tier, outside = tmp_path / "tier", tmp_path / "outside"
+    outside.mkdir()
+    (outside / "k").write_bytes(b"theirs")
+    tier.mkdir()
+    (tier / "a").symlink_to(outside)
+    (tier / "l").symlink_to(outside / "k")
+    (tmp_path / "link").symlink_to(tier)
+
+    async def scene(store: Store) -> None:
+        for key in ("a/k", "l", "a/b/c"):
+            with pytest.raises(ObjectMissing):
+                await store.get(key)
+            with pytest.raises(ObjectMissing):
+                await store.read_into(key, [memoryview(bytearray(6))])
+        for durable in (True, False):
+            with pytest.raises(TierUnreachable, match="link"):
+                await store.put("a/b/c", [bytes(HELD_BYTES + 1)], durable=durable)
+        await store.put("a/n", [b"x"], durable=False)
+        with pytest.raises(TierUnreachable, match="link"):
+            await store.settle()
+        await store.delete(["a/k", "a/n", "l"])
+        await store.settle()
+        for prefix in ("", "a/"):
+            assert await store.list(prefix) == []
+            assert await store.children(prefix) == []
+            await store.confirm(prefix)
+        assert [path.name for path in outside.iterdir()] == ["k"]
+        await store.put("b/k", [b"ours"])
+        assert await store.get("b/k") == b"ours", "the tier itself may be one"
+        await store.close()
+
+    asyncio.run(scene(open_store(str(tmp_path / "link"))))
 
 
 def test_it_is_plain_files(tmp_path: Path) -> None:
