@@ -214,13 +214,14 @@ class _Writer:
         self._uploads = uploads or asyncio.Semaphore(AT_ONCE)
         self._room = Room(IN_FLIGHT_BYTES)
         self._keys: list[str] = []
+        self._common: set[str] = set()  # paths that other ranks describe, too, perhaps through the same store
 
     @asynccontextmanager
     async def leaving_nothing(self) -> AsyncIterator[None]:
         """If this fails, the store need not keep what it has not made visible yet, nor answer for it when others settle."""
         try:
             yield
-        except Exception:
+        except (Exception, asyncio.CancelledError):
             with suppress(TierError):
                 await self._store.forget(self._keys)
             raise
@@ -230,6 +231,7 @@ class _Writer:
 
         def made() -> list[Document]:
             wanted = plan(layout, rank)
+            self._common = {array.path for array in wanted.arrays if array.start is None and 0 in array.shape}
             facts = {"format": FORMAT, "job": job, "run": self._id.run, "generation": self._id.generation,
                      "step": self._id.step, "world": world}  # fmt: skip
             found = [(path, group_metadata(None if path else facts)) for path in wanted.groups]
@@ -244,7 +246,8 @@ class _Writer:
     async def document(self, document: Document) -> None:
         """Write one of them."""
         path, data = document
-        await self._put(f"{path}/{GROUP}" if path else GROUP, [data], len(data))
+        # What is common is durable at once: if it waited, and we gave it up, others' would be given up with it.
+        await self._put(f"{path}/{GROUP}" if path else GROUP, [data], len(data), durable=path in self._common)
 
     async def chunk(self, layout: Layout, image: Bytes, chunk: Chunk) -> int:
         """Write one chunk from where its bytes lie in *image*; returns its crc32c."""
@@ -278,13 +281,14 @@ class _Writer:
             self._progress(nbytes)
         return found
 
-    async def _put(self, key: str, parts: Sequence[Bytes | bytes], nbytes: int) -> None:
+    async def _put(self, key: str, parts: Sequence[Bytes | bytes], nbytes: int, *, durable: bool = False) -> None:
         if self._pace is not None:
             await self._pace(nbytes)
         key = data_of(self._id) + key
-        self._keys.append(key)
+        if not durable:
+            self._keys.append(key)
         async with self._uploads:
-            await self._store.put(key, parts, durable=False)
+            await self._store.put(key, parts, durable=durable)
 
     async def commit(self, entry: Entry) -> Entry:
         """Make what was written count, unless it has been overwritten, or the snapshot deleted, meanwhile."""

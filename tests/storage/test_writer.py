@@ -150,6 +150,31 @@ def test_a_spill_that_failed_does_not_stand_in_the_way_of_the_next(tmp_path: Pat
     asyncio.run(spilled())
 
 
+def test_who_gives_up_takes_nothing_from_other_ranks_of_its_node(tmp_path: Path) -> None:
+    """Both describe an empty tensor; they share the agent's store."""
+    held = [Slice("empty", "float32", (0, 4), (0, 0), (0, 4), chunk=(1, 4)), *HELD]
+    one, other = (image_of(held, rank, 2, values=b"v" * 77) for rank in (0, 1))
+
+    async def scene() -> None:
+        store, waiting, go_on = FileStore(tmp_path), asyncio.Event(), asyncio.Event()
+
+        async def pace(nbytes: int) -> None:
+            if nbytes == 77 + 4:
+                waiting.set()
+                await go_on.wait()
+
+        later = asyncio.create_task(write_image(store, other, still=lambda: True, pace=pace))
+        await waiting.wait()
+        with pytest.raises(SnapshotSkipped):
+            await write_image(store, one, still=lambda: False)
+        go_on.set()
+        await later
+        assert await store.get(f"{data_of(other.id)}empty/zarr.json")
+        await store.close()
+
+    asyncio.run(scene())
+
+
 def test_an_image_without_values_and_one_without_tensors() -> None:
     store = Memory()
     bare = image_of(HELD, 0, 1, values=b"")
@@ -238,7 +263,7 @@ def test_more_in_flight_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_cancelled_spill_leaves_nothing_running() -> None:
     class Slow(Memory):
-        begun = ended = 0
+        begun = ended = forgotten = 0
 
         async def put(self, key: str, parts: Sequence[Buffer], *, durable: bool = True) -> None:
             self.begun += 1
@@ -246,6 +271,9 @@ def test_a_cancelled_spill_leaves_nothing_running() -> None:
                 await asyncio.sleep(0 if "/c" not in key else 3600)
             finally:
                 self.ended += 1
+
+        async def forget(self, keys: Sequence[str]) -> None:
+            self.forgotten = len(keys)
 
     async def cancelled(store: Slow) -> None:
         task = asyncio.create_task(write_image(store, image_of(HELD, 0, 1), still=lambda: True))
@@ -255,6 +283,7 @@ def test_a_cancelled_spill_leaves_nothing_running() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         assert store.begun == store.ended
+        assert store.forgotten > 0, "others that settle need not answer for it"
 
     asyncio.run(cancelled(Slow()))
 
