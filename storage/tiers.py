@@ -43,6 +43,7 @@ class Tier:
         keep_min: if there is no room, of *keep* snapshots so many stay, and the older ones make room.
         bandwidth: at most so much is written per second by each node, like ``"500MB"``.
         uploads: so many objects are written at once by each node, at most.
+        any_job: whether this job may go on from what a job of another name left here. Without it, that is not looked at.
     """
 
     url: str
@@ -54,6 +55,7 @@ class Tier:
     keep_min: int = 1
     bandwidth: str | None = None
     uploads: int = 8
+    any_job: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,7 @@ class TierSettings:
     keep_min: int = 1
     bytes_per_s: int | None = None
     uploads: int = 8
+    any_job: bool = False
 
     @classmethod
     def parse(cls, tier: Tier) -> Self:
@@ -120,6 +123,7 @@ class TierSettings:
             keep_min,
             None if tier.bandwidth is None else parse_bytes(tier.bandwidth, what + "bandwidth"),
             _count(tier.uploads, what + "uploads", _UPLOADS_LIMIT),
+            _flag(tier.any_job, what + "any_job"),
         )
 
     def to_json(self) -> str:
@@ -160,6 +164,7 @@ class TierSettings:
                     raise ConfigError(f"settings of a tier: {seconds} seconds")
         for name, value in counts.items():
             _count(value, f"settings of a tier: {name}", 1 << 62)
+        _flag(self.any_job, "settings of a tier: any_job")
 
 
 def parse_tiers(tiers: Sequence[Tier]) -> tuple[TierSettings, ...]:
@@ -223,6 +228,12 @@ def _every(tier: Tier, what: str) -> Every:
     if isinstance(tier.every, str):
         return EverySeconds(parse_seconds(tier.every, what + "every"))
     return EverySteps(_count(tier.every, what + "every"))
+
+
+def _flag(value: object, what: str) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{what}={value!r}: True or False is needed")
+    return value
 
 
 def _count(value: object, what: str, limit: int = _COUNT_LIMIT) -> int:

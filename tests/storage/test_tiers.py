@@ -90,7 +90,8 @@ def test_credentials_are_refused_and_not_repeated() -> None:
     ("field", "value"),
     [("every", 0), ("every", -5), ("every", 1.5), ("every", True), ("every", "600"), ("every", "5 parsecs"), ("every", "0s"),
      ("every", None), ("keep", 0), ("keep", "3"), ("keep", True), ("keep_min", 4), ("keep_min", 0), ("milestone_steps", 0),
-     ("limit", "2"), ("limit", 2**40), ("limit", "0GB"), ("bandwidth", "fast"), ("uploads", 0), ("uploads", 1000)],
+     ("limit", "2"), ("limit", 2**40), ("limit", "0GB"), ("bandwidth", "fast"), ("uploads", 0), ("uploads", 1000),
+     ("any_job", 1)],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"tier s3://b/x: {field}="):
@@ -128,7 +129,7 @@ def test_there_and_back(tier: Tier) -> None:
     "change",
     [{"url": "s3://b/../x"}, {"url": 7}, {"url": "relative"}, {"keep": 0}, {"keep": None}, {"keep": "3"}, {"every": {}},
      {"every": {"steps": 0}}, {"every": {"steps": "x"}}, {"every": {"seconds": -1}}, {"every": {"seconds": 1e400}},
-     {"every": {"days": 1}}, {"every": [1]}, {"every": {"steps": 1, "seconds": 1}}, {"uploads": 0}, {"bytes_per_s": 0},
+     {"every": {"days": 1}}, {"every": [1]}, {"every": {"steps": 1, "seconds": 1}}, {"uploads": 0}, {"bytes_per_s": 0}, {"any_job": 1},
      {"limit_bytes": -1}, {"more": 1}, {"every": {"mtbf_s": float("nan")}}],
 )  # fmt: skip
 def test_what_came_over_the_wire_is_checked(change: dict[str, Any]) -> None:
