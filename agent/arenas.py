@@ -5,11 +5,13 @@ Nothing is remembered that the slots do not say themselves, so a restarted agent
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from .guard import Cell, Stage
 from .manifest import CellTable, Manifest
 from .protocol import Flight
 from .settings import NodeSettings, job_hash
+from .tasks import to_the_end
 
 _log = logging.getLogger(__name__)
 
@@ -75,6 +78,8 @@ class Arenas:
         self._named: dict[
             tuple[int, int], tuple[int, int, int]
         ] = {}  # by lane and index: nonce, key and me of its table
+        self._asked: dict[int, int] = {}  # how many slots each rank has asked for
+        self._filling: set[tuple[int, int]] = set()  # slots that ``free_slot`` gave to somebody who fills them now
         self._cell_shape = (0, 0)  # lanes, and cells of each, as reserved last
         self._making = threading.RLock()  # held from the look at the budget until the memory is taken
         self._job = job_hash(settings.job)
@@ -119,6 +124,7 @@ class Arenas:
             self._check_budget(missing)
             for place in missing:
                 self._make(place)
+            self._asked[rank] = slots
             return [self._slots[rank, i].place for i in range(slots)]
 
     def grow(self, rank: int, index: int, *, image_bytes: int, table_bytes: int) -> Place:
@@ -248,30 +254,66 @@ class Arenas:
                 return slot
         return None
 
-    def free_slot(self, rank: int, keep: SnapshotId, *, image_bytes: int, table_bytes: int) -> Slot:
+    def free_slot(
+        self, rank: int, keep: SnapshotId, *, image_bytes: int, table_bytes: int, apart: bool = False
+    ) -> Slot:
         """A slot for an image of *rank*, unsealed: a free one, else one that holds anything but *keep*, else a new one.
 
-        Slots that are too small are replaced by larger ones; their trainer looks at them again after a restore.
+        Slots that are too small are replaced by larger ones; their trainer looks at them again after a restore. Nobody else
+        is given the slot until ``filled`` says that this is over.
+
+        Args:
+            rank: whose image it will hold.
+            keep: the snapshot that stays if it is here.
+            image_bytes, table_bytes: what must fit.
+            apart: none of those that a trainer of *rank* asked for: it is training, and they are its own.
 
         Raises ``BudgetExceeded``.
         """
+        first = self._asked.get(rank, 0) if apart else 0
 
         def cost(slot: Slot) -> tuple[bool, bool]:
             held = slot.sealed_record()
             return held is not None, held is not None and held.id < keep
 
         with self._making:
-            mine = [slot for (its, _), slot in sorted(self._slots.items()) if its == rank]
-            may_go = [s for s in sorted(mine, key=cost) if (held := s.sealed_record()) is None or held.id != keep]
+            mine = {index: slot for (its, index), slot in sorted(self._slots.items()) if its == rank}
+            others = [s for i, s in mine.items() if i >= first and (rank, i) not in self._filling]
+            may_go = [s for s in sorted(others, key=cost) if (held := s.sealed_record()) is None or held.id != keep]
             for slot in may_go:
                 if slot.word != OPEN_WORD and slot.place.table_bytes and slot.place.holds(table_bytes, image_bytes):
                     slot.unseal()
+                    self._filling.add((rank, slot.place.index))
                     return slot
-            index = may_go[0].place.index if may_go else max((slot.place.index for slot in mine), default=-1) + 1
+            index = may_go[0].place.index if may_go else max(max(mine, default=-1) + 1, first)
             place = place_for(self._settings.shm, rank, index, table_bytes=table_bytes, image_bytes=image_bytes)
             self._check_budget([place])
             self._make(place)
+            self._filling.add((rank, index))
             return self._slots[rank, index]
+
+    @asynccontextmanager
+    async def filling(
+        self, rank: int, keep: SnapshotId, *, image_bytes: int, table_bytes: int, apart: bool = False
+    ) -> AsyncIterator[Slot]:
+        """A ``free_slot``, mapped, which within this block is nobody else's. On the event loop."""
+        taken: list[Slot] = []
+
+        def take() -> None:
+            sizes = {"image_bytes": image_bytes, "table_bytes": table_bytes}
+            taken.append(self.free_slot(rank, keep, apart=apart, **sizes))
+            taken[0].prefault()
+
+        try:
+            await to_the_end(asyncio.to_thread(take))
+            yield taken[0]
+        finally:
+            for slot in taken:
+                self.filled(slot)
+
+    def filled(self, slot: Slot) -> None:
+        """Whoever was given that slot is done with it, successfully or not."""
+        self._filling.discard((slot.place.rank, slot.place.index))
 
     def seal_copy(self, slot: Slot, manifest: Manifest) -> None:
         """The image's bytes are in the slot, verified: make them count."""

@@ -105,7 +105,7 @@ class Attachment:
     """One rank's stream to its agent.
 
     ``send`` never blocks. What the agent says is handed to *hear*, on a thread of this class; when the stream ends,
-    *lost* is called there, once, with the reason.
+    *lost* is called there, once, with the reason. *hello* then says ``again``, for whoever attaches with it once more.
     """
 
     def __init__(
@@ -132,6 +132,7 @@ class Attachment:
         self.send(wire.FromTrainer(hello=hello))
         self._stream: Any = call(self._outgoing())
         self.welcome = self._first(timeout_s)
+        hello.again = True
         self._thread = threading.Thread(target=self._listen, name="holdfast-listen", daemon=True)
         self._thread.start()
 

@@ -107,7 +107,7 @@ async def _serve(settings: NodeSettings, options: DaemonOptions, version: str, l
     bulk = BulkServer(host.strip("[]"), 0, tls, pace, limits=Limits(connections=_STREAMS_OUT))
     peers = Peers(settings.job, options.name, options.trust)
     protector = Protector(
-        options.name, settings.job, arenas, bulk, peers, options.trust, service.tell, service.spiller.load
+        options.name, settings.job, arenas, bulk, peers, options.trust, service.tell, service.spiller.tiers.load
     )
     service.protector = protector
     clock = asyncio.create_task(protector.keep_time())

@@ -94,6 +94,7 @@ class Protector:
         self._status = wire.GroupStatus()
         self._measured: tuple[SnapshotId, float] | None = None  # what the figures in it are of, and since when
         self._materialising: dict[tuple[SnapshotId, int], asyncio.Lock] = {}
+        self._bringing: dict[tuple[SnapshotId, int], asyncio.Lock] = {}
         self._materialised: dict[
             tuple[SnapshotId, int], tuple[bytes, wire.MaterialiseReply]
         ] = {}  # what was asked last, and the answer
@@ -140,6 +141,7 @@ class Protector:
     async def _assemble(self, roster: wire.Roster) -> wire.Rostered:
         table, peers = self._table(roster)
         self._materialising.clear()
+        self._bringing.clear()
         self._materialised.clear()
         self._measured = None
         ranks = next(tuple(peer.ranks) for peer in roster.peers if peer.agent == self._name)
@@ -575,19 +577,22 @@ class Protector:
             _log.info("%s of rank %d: %s", what[0], request.rank, done.how)
             return done
 
-    async def bring(self, request: wire.MaterialiseRequest) -> wire.MaterialiseReply:
+    async def bring(self, request: wire.MaterialiseRequest, *, apart: bool) -> wire.MaterialiseReply:
         """A peer cannot read the tier where an image is, and this agent can: have it here, to be pulled.
 
-        Raises ``AgentMismatch``, and what ``Spiller.load`` does.
+        *apart*: not in the slots of a trainer that is training.
+
+        Raises ``AgentMismatch``, and what ``Tiers.load`` does.
         """
         self._check_peer(request.job, request.agent)
         id = id_of(request.id)
-        async with self._materialising.setdefault((id, request.rank), asyncio.Lock()):
+        # Not the lock of ``materialise``, which is held while peers are asked: two agents would wait for each other.
+        async with self._bringing.setdefault((id, request.rank), asyncio.Lock()):
             here = self._arenas.image(request.rank, id)
             record = here.sealed_record() if here is not None else None
             if here is not None and record is not None:
                 return wire.MaterialiseReply(path=here.place.path, how="held here", checks_crc=record.checks_crc)
-            return await self._load(id, request.rank, request.world, [tier.tier for tier in request.tiers])
+            return await self._load(id, request.rank, request.world, [t.tier for t in request.tiers], apart=apart)
 
     @property
     def tls(self) -> bool:

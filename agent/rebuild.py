@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 
@@ -26,7 +27,6 @@ from .client import id_of, wire_id
 from .combine import Outcome, Source, SourceFailed, Where
 from .manifest import CellTable, Manifest
 from .peers import Peers
-from .tasks import to_the_end
 
 _log = logging.getLogger(__name__)
 _PAUSES_S: Final = (0.2, 1.0, 3.0)  # before trying again what did not work for a passing reason
@@ -35,7 +35,16 @@ Ranges = Sequence[tuple[int, int]]
 Combine = Callable[[Any, int, Sequence[Term], dict[Where, Source], Ranges | None], Awaitable[Outcome]]
 Open = Callable[[str, wire.GrantRequest, Sequence[tuple[int, int]]], Awaitable[Stream]]
 Way = Callable[[], Awaitable[wire.MaterialiseReply]]
-Load = Callable[[SnapshotId, int, int, Sequence[int]], Awaitable[wire.MaterialiseReply]]
+
+
+class Load(Protocol):
+    """``Tiers.load``."""
+
+    async def __call__(
+        self, id: SnapshotId, rank: int, world: int, tiers: Sequence[int], *, apart: bool = False
+    ) -> wire.MaterialiseReply:
+        """Have that image in a slot, read from a tier."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -170,16 +179,14 @@ class Rebuilder:
         if here is not None and here.sealed_record() is not None:
             how = await self._repair(here, manifest, record.block_bytes, pull)
             return wire.MaterialiseReply(path=here.place.path, how=f"{how} from agent {image.agent}")
-        slot = await to_the_end(asyncio.to_thread(self._free, manifest, id))
-        await pull(slot, [(0, record.image_bytes)])
-        self._arenas.seal_copy(slot, manifest)
+        async with self._filling(manifest, id) as slot:
+            await pull(slot, [(0, record.image_bytes)])
+            self._arenas.seal_copy(slot, manifest)
         return wire.MaterialiseReply(path=slot.place.path, how=f"fetched from agent {image.agent}")
 
-    def _free(self, manifest: Manifest, keep: SnapshotId) -> Slot:
+    def _filling(self, manifest: Manifest, keep: SnapshotId) -> AbstractAsyncContextManager[Slot]:
         record, needed = manifest.record, manifest.checks.nbytes + len(manifest.layout)
-        slot = self._arenas.free_slot(record.rank, keep, image_bytes=record.image_bytes, table_bytes=needed)
-        slot.prefault()
-        return slot
+        return self._arenas.filling(record.rank, keep, image_bytes=record.image_bytes, table_bytes=needed)
 
     # -- rebuilding --------------------------------------------------------------------------------------------------
 
@@ -192,14 +199,14 @@ class Rebuilder:
         if here is not None and here.sealed_record() is not None:
             how = await self._repair(here, manifest, group.table.unit, partial(self._compute, group))
             return wire.MaterialiseReply(path=here.place.path, how=how)
-        slot = await to_the_end(asyncio.to_thread(self._free, manifest, id))
-        reach("rebuild.begun")
-        await self._compute(group, slot, [(0, record.image_bytes)])
-        found = await asyncio.to_thread(slot.checksums, record.image_bytes, record.block_bytes)
-        if not np.array_equal(found, manifest.checks):
-            raise Corrupt(f"the rebuilt image of {id} of rank {record.rank} does not match its checksums")
-        reach("rebuild.verified")
-        self._arenas.seal_copy(slot, manifest)
+        async with self._filling(manifest, id) as slot:
+            reach("rebuild.begun")
+            await self._compute(group, slot, [(0, record.image_bytes)])
+            found = await asyncio.to_thread(slot.checksums, record.image_bytes, record.block_bytes)
+            if not np.array_equal(found, manifest.checks):
+                raise Corrupt(f"the rebuilt image of {id} of rank {record.rank} does not match its checksums")
+            reach("rebuild.verified")
+            self._arenas.seal_copy(slot, manifest)
         return wire.MaterialiseReply(path=slot.place.path, how=f"rebuilt from {len(group.sources)} pieces of its group")
 
     async def _repair(

@@ -52,6 +52,7 @@ class _Trainer:
     sums: dict[int, ImageSums] = field(default_factory=dict)
     report: wire.Report = field(default_factory=wire.Report)
     ended: bool = False
+    trains: bool = False  # or may: its slots are its own, and no restore needs them
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     work: set[asyncio.Task[None]] = field(default_factory=set)
     write: Write | None = None
@@ -137,17 +138,23 @@ class AgentService:
                 table_bytes=hello.table_bytes,
             )
             places = await to_the_end(reserve)
-            await self._check_tiers(hello)
-            trainer = self._trainers[hello.rank] = _Trainer(hello)
+            self.spiller.tiers.use(hello.tiers)
+            former = self._trainers.get(hello.rank)
+            again = hello.again or (former is not None and former.hello.life == hello.life)
+            trainer = self._trainers[hello.rank] = _Trainer(hello, trains=again)
+        if not again:
+            # Whoever was admitted trains already: a tier that has become full is no reason to do without an agent.
+            try:
+                await self._check_tiers(hello)
+            except BaseException:
+                self._lose(trainer)
+                raise
         return trainer, places
 
     async def _check_tiers(self, hello: wire.Hello) -> None:
-        """Raises ``ConfigError``, ``BudgetExceeded``, ``TierUnreachable``."""
-        self.spiller.use(hello.tiers)
-        beside = [
-            t.hello.image_bytes for rank, t in self._trainers.items() if rank != hello.rank and not t.gone.is_set()
-        ]
-        await self.spiller.check_budget(hello.image_bytes + sum(beside), hello.image_bytes * hello.world)
+        """Raises ``BudgetExceeded``."""
+        there = [trainer.hello.image_bytes for trainer in self._trainers.values() if not trainer.gone.is_set()]
+        await self.spiller.tiers.check_budget(sum(there), hello.image_bytes * hello.world)
 
     def _welcome(self, places: list[Place]) -> wire.Welcome:
         return wire.Welcome(
@@ -238,6 +245,7 @@ class AgentService:
                 trainer.ended = True
             case _:
                 if (event := _event(message)) is not None:
+                    trainer.trains = trainer.trains or isinstance(event, protocol.Copied)
                     self._note(event, message)
                     await self._advance(trainer, event, write)
 
@@ -370,17 +378,19 @@ class AgentService:
 
     async def bring(self, request: wire.MaterialiseRequest, context: Context) -> wire.MaterialiseReply:
         """A peer asks to have an image here, from a tier that only this agent can read, to fetch it then."""
-        return await _answer(context, self._protecting().bring(request))
+        trainer = self._trainers.get(request.rank)
+        apart = trainer is not None and trainer.trains and not trainer.gone.is_set()
+        return await _answer(context, self._protecting().bring(request, apart=apart))
 
     async def stored(self, request: wire.Nothing, context: Context) -> wire.TierList:
         """What lies in the tiers."""
-        listed = await _answer(context, self.spiller.stored())
+        listed = await _answer(context, self.spiller.tiers.stored())
         listed.address = self.listen
         return listed
 
     async def spill_now(self, request: wire.SpillRequest, context: Context) -> wire.SpillReply:
         """Somebody asks for the next snapshot to be spilled, whenever that would be due."""
-        count = len(self.spiller.tiers)
+        count = len(self.spiller.settings)
         there = any(t.write is not None and not t.gone.is_set() for t in self._trainers.values())
         if not count or not there:
             return wire.SpillReply(reason="the job has no tiers" if there else "no trainer is attached")

@@ -53,7 +53,7 @@ class FromAgent(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., prepared: _Optional[_Union[Prepared, _Mapping]] = ..., grown: _Optional[_Union[Grown, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., rostered: _Optional[_Union[Rostered, _Mapping]] = ..., guarded: _Optional[_Union[Guarded, _Mapping]] = ..., unguarded: _Optional[_Union[Unguarded, _Mapping]] = ..., spilled: _Optional[_Union[Spilled, _Mapping]] = ..., due: _Optional[_Union[Due, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol", "version", "job", "rank", "world", "pid", "slots", "image_bytes", "table_bytes", "life", "pid_namespace", "tiers", "grace_s")
+    __slots__ = ("protocol", "version", "job", "rank", "world", "pid", "slots", "image_bytes", "table_bytes", "life", "pid_namespace", "tiers", "grace_s", "again")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     JOB_FIELD_NUMBER: _ClassVar[int]
@@ -67,6 +67,7 @@ class Hello(_message.Message):
     PID_NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
     GRACE_S_FIELD_NUMBER: _ClassVar[int]
+    AGAIN_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     version: str
     job: str
@@ -80,7 +81,8 @@ class Hello(_message.Message):
     pid_namespace: str
     tiers: _containers.RepeatedScalarFieldContainer[str]
     grace_s: float
-    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., job: _Optional[str] = ..., rank: _Optional[int] = ..., world: _Optional[int] = ..., pid: _Optional[int] = ..., slots: _Optional[int] = ..., image_bytes: _Optional[int] = ..., table_bytes: _Optional[int] = ..., life: _Optional[str] = ..., pid_namespace: _Optional[str] = ..., tiers: _Optional[_Iterable[str]] = ..., grace_s: _Optional[float] = ...) -> None: ...
+    again: bool
+    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., job: _Optional[str] = ..., rank: _Optional[int] = ..., world: _Optional[int] = ..., pid: _Optional[int] = ..., slots: _Optional[int] = ..., image_bytes: _Optional[int] = ..., table_bytes: _Optional[int] = ..., life: _Optional[str] = ..., pid_namespace: _Optional[str] = ..., tiers: _Optional[_Iterable[str]] = ..., grace_s: _Optional[float] = ..., again: bool = ...) -> None: ...
 
 class SlotPlace(_message.Message):
     __slots__ = ("index", "path", "table_bytes", "image_bytes")

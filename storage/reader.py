@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from bisect import bisect_left, bisect_right
 from collections.abc import AsyncIterator, Callable, Container, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final, TypeVar
 
 import numpy as np
@@ -23,7 +25,7 @@ from ..snapshot.layout import Layout, Placed
 from ..snapshot.record import SnapshotId
 from .chunks import CRC_BYTES, corner, is_run, payload_bytes, row_bytes, span
 from .entries import Entry, Stored
-from .inflight import Buffers, Room, each
+from .inflight import Buffers, Room, each, fresh
 from .names import DELETED, ENTRIES, data_of, entry_key, parse_entry, parse_snapshot, parse_tombstone, parse_whole
 from .store import Found, Store
 
@@ -165,6 +167,14 @@ async def read_entries(store: Store, listed: Listed) -> dict[int, Entry]:
     return dict(sorted(found.items()))
 
 
+class Memory:
+    """What reading takes on top of where the bytes go: by one reader, or together by all that share it."""
+
+    def __init__(self, nbytes: int = IN_FLIGHT_BYTES) -> None:
+        self.room = Room(nbytes)
+        self.buffers = Buffers(nbytes)
+
+
 class ImageReader:
     """One rank's image, out of one or several tiers that hold it.
 
@@ -173,15 +183,15 @@ class ImageReader:
         damaged: what was found missing or damaged so far.
     """
 
-    def __init__(self, entry: Entry, stores: Sequence[Store]) -> None:
-        """*stores*: nearest first. Any may lack some or all of it."""
+    def __init__(self, entry: Entry, stores: Sequence[Store], memory: Memory | None = None) -> None:
+        """*stores*: nearest first. Any may lack some or all of it. *memory*: shared with others who read."""
         assert stores
         self.entry = entry
         self.damaged: list[Damage] = []
         self._stores = stores
         self._away: set[int] = set()  # indices of stores that did not answer
-        self._room = Room(IN_FLIGHT_BYTES)
-        self._buffers = Buffers(IN_FLIGHT_BYTES)
+        memory = memory or Memory()
+        self._room, self._buffers = memory.room, memory.buffers
 
     @property
     def layout(self) -> Layout:
@@ -241,15 +251,22 @@ class ImageReader:
             target = out[(low - first_row) * size : (high - first_row) * size]
             await self._read_rows(stored, target, low - chunk.first_row)
 
-        wanted = [
-            s for s in self.entry.chunks
-            if s.chunk.index == index and s.chunk.first_row < last and s.chunk.first_row + s.chunk.rows > first_row
-        ]  # fmt: skip
-        await each(wanted, read, AT_ONCE)
+        chunks = self._chunks_of.get(index, []) if last > first_row else []
+        low = bisect_right(chunks, first_row, key=lambda s: s.chunk.first_row) - 1
+        high = bisect_left(chunks, last, key=lambda s: s.chunk.first_row)
+        await each(chunks[max(low, 0) : high], read, AT_ONCE)
+
+    @cached_property
+    def _chunks_of(self) -> dict[int, list[Stored]]:
+        """By slice: its chunks, which hold each of its rows once, in the order of their rows."""
+        found: dict[int, list[Stored]] = {}
+        for stored in sorted(self.entry.chunks, key=lambda s: s.chunk.first_row):
+            found.setdefault(stored.chunk.index, []).append(stored)
+        return found
 
     async def read_values(self) -> bytes:
         """The eager values, as ``snapshot.codec`` encoded them. Raises as ``read_image``."""
-        out = np.empty(self.entry.values.nbytes, np.uint8)
+        out = fresh(self.entry.values.nbytes)
         await self._read_values(out)
         return out.tobytes()
 
@@ -302,7 +319,7 @@ class ImageReader:
         total, size = payload_bytes(piece, chunk), row_bytes(piece)
         if is_run(piece, chunk) and len(out) == chunk.rows * size:
             async with self._room.take(total):
-                await self._fetch(chunk.key, stored.crc, [out, np.empty(total - len(out), np.uint8)])
+                await self._fetch(chunk.key, stored.crc, [out, fresh(total - len(out))])
             return
         async with self.payload(stored) as held:
             rows = corner(held, piece, chunk)[first : first + len(out) // size]

@@ -26,7 +26,7 @@ from .entries import FORMAT, Entry, Stored, StoredValues
 from .inflight import Room, each
 from .leases import buried
 from .names import GROUP, data_of, entry_key, snapshot_name, values_path
-from .reader import AT_ONCE, IN_FLIGHT_BYTES, Bytes, ImageReader, Progress, crc_of, in_thread, read_entry
+from .reader import AT_ONCE, IN_FLIGHT_BYTES, Bytes, ImageReader, Memory, Progress, crc_of, in_thread, read_entry
 from .store import Store
 
 Pace: TypeAlias = Callable[[int], Awaitable[None]]
@@ -34,6 +34,9 @@ Pace: TypeAlias = Callable[[int], Awaitable[None]]
 
 Still: TypeAlias = Callable[[], bool]
 """Whether the bytes that are being written still are the image."""
+
+Sound: TypeAlias = Callable[[], Awaitable[None]]
+"""Raises if the bytes that were read are not the image any more."""
 
 Document: TypeAlias = tuple[str, bytes]
 """One ``zarr.json``: the path of what it describes, and its text."""
@@ -59,16 +62,19 @@ async def write_image(
     image: Image,
     *,
     still: Still,
-    sound: Awaitable[None] | None = None,
+    sound: Sound | None = None,
     uploads: asyncio.Semaphore | None = None,
+    room: Room | None = None,
     pace: Pace | None = None,
     progress: Progress | None = None,
 ) -> Entry:
     """Write *image* into *store*; once this returns, it is there and stays.
 
     Args:
-        sound: awaited before the entry is written; raises if the image is damaged. So that can be found out meanwhile.
+        sound: called once every byte has been read, while the store settles; raises if the image is damaged. What it finds
+            sound then was sound when it was read.
         uploads: held by each object while it is written; for a bound on how many are, in this image and others.
+        room: taken by each object while it is written; for a bound on their bytes.
         still: asked before each chunk, and once more before the entry is written, when no byte of the image is needed any
             more. The slot may be overwritten at any time; then what was written is not made to count.
 
@@ -76,12 +82,12 @@ async def write_image(
         SnapshotSkipped: *still* said no, or the snapshot was deleted from the tier meanwhile. It does not count.
         TierUnreachable, TierFull: of the store. It does not count; it may be written again.
     """
-    writer = _Writer(store, image.id, still, pace, progress, uploads)
+    writer = _Writer(store, image.id, still, pace, progress, uploads, room)
     async with writer.leaving_nothing():
         return await _write_image(writer, image, sound)
 
 
-async def _write_image(writer: _Writer, image: Image, sound: Awaitable[None] | None) -> Entry:
+async def _write_image(writer: _Writer, image: Image, sound: Sound | None) -> Entry:
     layout, rank = image.layout, image.rank
     values = image.bytes[layout.values_offset :]
     documents = await writer.documents(layout, rank, image.job, image.world, len(values))
@@ -96,10 +102,8 @@ async def _write_image(writer: _Writer, image: Image, sound: Awaitable[None] | N
             await writer.document(what)
 
     stored_values: list[int] = []
-    chunks = plan(layout, rank).chunks
+    chunks = (await asyncio.to_thread(plan, layout, rank)).chunks
     await each([*documents, *chunks, None], write, AT_ONCE)
-    if sound is not None:
-        await sound
     return await writer.commit(
         Entry(
             image.id,
@@ -111,7 +115,8 @@ async def _write_image(writer: _Writer, image: Image, sound: Awaitable[None] | N
             layout,
             StoredValues(values_key(rank), len(values), stored_values[0]),
             tuple(Stored(chunk, stored[chunk]) for chunk in chunks),
-        )
+        ),
+        sound,
     )
 
 
@@ -125,6 +130,8 @@ async def copy_rank(
     also: Sequence[Store] = (),
     still: Still = lambda: True,
     uploads: asyncio.Semaphore | None = None,
+    room: Room | None = None,
+    memory: Memory | None = None,
     pace: Pace | None = None,
     progress: Progress | None = None,
 ) -> Entry:
@@ -132,14 +139,15 @@ async def copy_rank(
 
     Args:
         also: where chunks are taken from that are damaged in *source*.
-        uploads: as in ``write_image``.
+        uploads, room: as in ``write_image``.
+        memory: of what is read; shared by those who read at the same time.
 
     Raises:
         As ``write_image``, ``reader.read_entry`` and ``ImageReader.read_image``.
     """
     entry = await read_entry(source, snapshot, rank, world)
-    reader = ImageReader(entry, [source, *also])
-    writer = _Writer(target, snapshot, still, pace, progress, uploads)
+    reader = ImageReader(entry, [source, *also], memory)
+    writer = _Writer(target, snapshot, still, pace, progress, uploads, room)
     async with writer.leaving_nothing():
         return await _copy_rank(writer, reader, entry)
 
@@ -205,6 +213,7 @@ class _Writer:
         pace: Pace | None,
         progress: Progress | None,
         uploads: asyncio.Semaphore | None = None,
+        room: Room | None = None,
     ) -> None:
         self._store = store
         self._id = id
@@ -212,7 +221,7 @@ class _Writer:
         self._pace = pace
         self._progress = progress
         self._uploads = uploads or asyncio.Semaphore(AT_ONCE)
-        self._room = Room(IN_FLIGHT_BYTES)
+        self._room = room or Room(IN_FLIGHT_BYTES)
         self._keys: list[str] = []
         self._common: set[str] = set()  # paths that other ranks describe, too, perhaps through the same store
 
@@ -290,10 +299,12 @@ class _Writer:
         async with self._uploads:
             await self._store.put(key, parts, durable=durable)
 
-    async def commit(self, entry: Entry) -> Entry:
+    async def commit(self, entry: Entry, sound: Sound | None = None) -> Entry:
         """Make what was written count, unless it has been overwritten, or the snapshot deleted, meanwhile."""
         reach("spill.written")
-        await self._store.settle()
+        # A disk that settles leaves the processor time for the other.
+        steps = [self._store.settle, sound] if sound is not None else [self._store.settle]
+        await each(steps, lambda step: step(), len(steps))
         reach("spill.settled")
         if not self._still():
             raise SnapshotSkipped(

@@ -117,7 +117,9 @@ class Member:
         return found
 
 
-async def no_tiers(id: SnapshotId, rank: int, world: int, tiers: Sequence[int]) -> wire.MaterialiseReply:
+async def no_tiers(
+    id: SnapshotId, rank: int, world: int, tiers: Sequence[int], *, apart: bool = False
+) -> wire.MaterialiseReply:
     """What there is to load for an agent that was told of no tier."""
     raise SnapshotUnknown(f"no tier has {id} of rank {rank} of {world}: none of {list(tiers)} is known here")
 

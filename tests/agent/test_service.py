@@ -7,6 +7,7 @@ import queue
 import random
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import grpc
@@ -28,6 +29,7 @@ from holdfast.errors import (
 from holdfast.snapshot.arena import Slot
 from holdfast.snapshot.layout import Layout, Slice
 from holdfast.snapshot.record import new_nonce
+from holdfast.storage.tiers import Tier, TierSettings
 from holdfast.tests.hooks.nodes import WAIT_S, Node, open_slot, until
 
 RUN = uuid.uuid4().hex
@@ -79,7 +81,10 @@ class Trainer:
         self.node, self.rank = node, rank
         said = hello(node.settings, "0", rank=rank, world=4, slots=2, image_bytes=8192, table_bytes=4096)
         for name, value in changes.items():
-            setattr(said, name, value)
+            if isinstance(value, list):
+                getattr(said, name).extend(value)
+            else:
+                setattr(said, name, value)
         self.stream = Attachment(
             node.settings, said, hear=self.heard.put, lost=lambda _, reason: self.lost.put(reason), timeout_s=WAIT_S
         )
@@ -164,6 +169,16 @@ def test_who_is_turned_away(node: Node, changes: dict[str, Any], error: type[Hol
     with pytest.raises(error, match=message):
         Trainer(node, **changes)
     assert sorted(path.name for path in node.shm.iterdir()) == before, "nothing was made"
+
+
+def test_a_tier_that_cannot_hold_what_is_kept_is_refused_once(node: Node, tmp_path: Path) -> None:
+    """Not when the trainer comes back, to an agent that was started again: it trains already."""
+    tiers = [TierSettings.parse(Tier(str(tmp_path), limit="1MiB")).to_json()]
+    with pytest.raises(BudgetExceeded, match="its limit is 1048576"):
+        Trainer(node, tiers=tiers)
+    trainer = Trainer(node, tiers=tiers, again=True)
+    assert len(trainer.slots) == 2
+    assert [tier.url for tier in node.status().tiers] == [tmp_path.as_uri()]
 
 
 def test_the_first_message_must_be_hello(node: Node) -> None:
