@@ -23,6 +23,7 @@ from .store import is_key
 
 FORMAT: Final = 1
 _STEP_LIMIT: Final = 1 << 63
+_BYTES_LIMIT: Final = 1 << 46  # more than any node holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +121,8 @@ class Entry:
         )
 
     def _check(self, what: str) -> None:
+        if self.image_bytes > _BYTES_LIMIT:
+            raise Corrupt(f"{what}: an image of {self.image_bytes} bytes")
         if self.rank >= self.world:
             raise Corrupt(f"{what}: rank {self.rank} of a world of {self.world}")
         if self.image_bytes != self.layout.values_offset + self.values.nbytes:
@@ -143,8 +146,10 @@ def _fits(chunk: Chunk, piece: Slice) -> bool:
     if len(chunk.shape) != len(piece.extent) or chunk.rows < 1:
         return False
     inside = all(have >= need for have, need in zip(chunk.shape[1:], piece.extent[1:], strict=True))
-    # A chunk reaches no farther than its tensor does: what it takes to read one is bounded by what the layout says.
+    # A chunk reaches no farther than its tensor does. The layout may lie, too. Less cannot be asked: where the grid is coarse,
+    # most of the last chunk is padding.
     modest = all(have <= max(n, 1) for have, n in zip(chunk.shape, piece.shape, strict=True))
+    modest = modest and payload_bytes(piece, chunk) <= _BYTES_LIMIT
     return inside and modest and (not chunk.shape or chunk.shape[0] >= chunk.rows)
 
 

@@ -11,6 +11,8 @@ from typing import Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import BudgetExceeded
+
 Item = TypeVar("Item")
 
 # Below this, what the allocator keeps is as good.
@@ -95,6 +97,14 @@ class Room:
                 turn.set_result(None)
 
 
+def fresh(nbytes: int) -> npt.NDArray[np.uint8]:
+    """``uint8[nbytes]``, holding anything; BudgetExceeded where there is no such memory: what others wrote says how long."""
+    try:
+        return np.empty(nbytes, np.uint8)
+    except (MemoryError, ValueError) as error:
+        raise BudgetExceeded(f"{nbytes} bytes of memory are wanted at once, and there are not so many") from error
+
+
 class Buffers:
     """Memory that is used again and again: touching fresh pages takes longer than to read into those that are there.
 
@@ -110,7 +120,7 @@ class Buffers:
     def borrow(self, nbytes: int) -> Iterator[npt.NDArray[np.uint8]]:
         """``uint8[nbytes]``, holding anything, until the block ends."""
         if nbytes < _SMALL_BYTES:
-            yield np.empty(nbytes, np.uint8)
+            yield fresh(nbytes)
             return
         fits = [i for i, free in enumerate(self._free) if len(free) >= nbytes]
         if fits:
@@ -118,7 +128,7 @@ class Buffers:
         else:
             while self._free and self._held + nbytes > self._nbytes:
                 self._held -= len(self._free.pop())
-            whole = np.empty(nbytes, np.uint8)
+            whole = fresh(nbytes)
             self._held += nbytes
         try:
             yield whole[:nbytes]

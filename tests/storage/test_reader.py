@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-from holdfast.errors import Corrupt, SnapshotUnknown, TierUnreachable
-from holdfast.snapshot.layout import ITEM_BYTES, Slice
+from holdfast.errors import BudgetExceeded, Corrupt, SnapshotUnknown, TierUnreachable
+from holdfast.snapshot.layout import ITEM_BYTES, Layout, Slice
 from holdfast.snapshot.record import SnapshotId
+from holdfast.storage.chunks import Chunk
 from holdfast.storage.documents import seal, unseal
-from holdfast.storage.entries import Entry
+from holdfast.storage.entries import Entry, Stored
 from holdfast.storage.files import FileStore
 from holdfast.storage.names import data_of, entry_key, tombstone_key, whole_key
 from holdfast.storage.reader import Damage, ImageReader, list_snapshots, read_entries, read_entry
@@ -185,7 +187,53 @@ def test_an_entry_whose_chunks_lie(field: int, value: Any) -> None:
         Entry.from_bytes(seal(document), "an entry")
 
 
+def test_what_an_entry_says_of_sizes_is_not_taken_on_trust() -> None:
+    """Layouts and shapes that agree with each other, and with nothing that could be there."""
+    piece = Slice("t", "uint8", (1 << 60,), (0,), (1,))
+    layout = Layout.of(1, [piece])
+    good = spilled()[1]
+    for exponent in (59, 47, 45):
+        chunk = Chunk(0, "t/c/0", 0, 1, (1 << exponent,))
+        entry = replace(good, layout=layout, chunks=(Stored(chunk, 0),), values=replace(good.values, nbytes=0),
+                        image_bytes=layout.values_offset)  # fmt: skip
+        data = entry.to_bytes()
+        if exponent > 46:
+            with pytest.raises(Corrupt, match="does not fit its slice"):
+                Entry.from_bytes(data, "an entry")
+        else:
+            reader = ImageReader(Entry.from_bytes(data, "an entry"), [Memory()])
+            with pytest.raises((BudgetExceeded, Corrupt)):
+                asyncio.run(reader.read_image(np.empty(layout.values_offset, np.uint8)))
+    values = replace(good.values, nbytes=1 << 50)
+    vast = replace(good, values=values, image_bytes=good.layout.values_offset + (1 << 50))
+    with pytest.raises(Corrupt, match="an image of"):
+        Entry.from_bytes(vast.to_bytes(), "an entry")
+
+
 # -- images --------------------------------------------------------------------------------------------------------------
+
+
+class Counted(tuple[Stored, ...]):
+    """Knows how often somebody went through it."""
+
+    times = 0
+
+    def __iter__(self) -> Iterator[Stored]:
+        Counted.times += 1
+        return super().__iter__()
+
+
+def test_reading_slice_by_slice_looks_at_each_chunk_once() -> None:
+    store, entry = spilled()
+    reader = ImageReader(replace(entry, chunks=Counted(entry.chunks)), [store])
+    Counted.times = 0
+
+    async def scene() -> None:
+        for index, placed in enumerate(entry.layout.placed):
+            await reader.read_slice(index, np.empty(placed.slice.nbytes, np.uint8))
+
+    asyncio.run(scene())
+    assert Counted.times == 1
 
 
 def test_gaps_come_back_as_zeros() -> None:
