@@ -129,7 +129,8 @@ def test_there_and_back(tier: Tier) -> None:
     "change",
     [{"url": "s3://b/../x"}, {"url": 7}, {"url": "relative"}, {"keep": 0}, {"keep": None}, {"keep": "3"}, {"every": {}},
      {"every": {"steps": 0}}, {"every": {"steps": "x"}}, {"every": {"seconds": -1}}, {"every": {"seconds": 1e400}},
-     {"every": {"days": 1}}, {"every": [1]}, {"every": {"steps": 1, "seconds": 1}}, {"uploads": 0}, {"bytes_per_s": 0}, {"any_job": 1},
+     {"every": {"days": 1}}, {"every": [1]}, {"every": {"steps": 1, "seconds": 1}}, {"uploads": 0}, {"bytes_per_s": 0},
+     {"any_job": 1},
      {"limit_bytes": -1}, {"more": 1}, {"every": {"mtbf_s": float("nan")}}],
 )  # fmt: skip
 def test_what_came_over_the_wire_is_checked(change: dict[str, Any]) -> None:
