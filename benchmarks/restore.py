@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -58,12 +59,17 @@ def main() -> int:
         print(json.dumps(_play(way, int(nbytes), Path(folder))), flush=True)
         return 0
     nbytes = size_of(options.size or ("64MB" if options.quick else "4GB"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that everything is cleared away
     print(f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}; {options.rounds} rounds", flush=True)
     base = options.folder or Path(".build")
     base.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="holdfast-restore-", dir=base.resolve()) as folder:
         _write(nbytes, Path(folder))
-        _measure(nbytes, options.rounds, Path(folder))
+        try:
+            _measure(nbytes, options.rounds, Path(folder))
+        finally:
+            end_agent(_shm(Path(folder)))
+            shutil.rmtree(_shm(Path(folder)), ignore_errors=True)
     return 0
 
 
@@ -146,7 +152,7 @@ def _restore(nbytes: int, folder: Path) -> dict[str, Any]:
     state = state_of(workload)
     for tensor in state.values():
         tensor.zero_()
-    shm = Path(f"/dev/shm/holdfast-bench-{os.getpid()}")
+    shm = _shm(folder)
     (snapshot,) = (folder / "tier/entries").iterdir()
     read_s: list[float] = []
     bring = holding.Holding.materialise
@@ -179,6 +185,11 @@ def _restore(nbytes: int, folder: Path) -> dict[str, Any]:
         "wall_s": took.wall_s, "cpu_s": took.cpu_s, "how": how, "attach_s": attach_s, "read_s": sum(read_s),
         "nbytes": workload.state_bytes,
     }  # fmt: skip
+
+
+def _shm(folder: Path) -> Path:
+    """Where the agents of restoring processes keep their slots; one at a time."""
+    return Path("/dev/shm") / folder.name
 
 
 def _job(folder: Path) -> str:

@@ -14,6 +14,7 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -58,6 +59,7 @@ def main() -> int:
             ("training", options.training, "1GB"),
         )
     }
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that everything is cleared away
     parts: dict[str, Callable[[int, int, Path], None]] = {"disk": _disk, "upload": _upload, "training": _training}
     print(f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}; {options.rounds} rounds", flush=True)
     base = options.folder or Path(".build")
