@@ -44,7 +44,7 @@ def size_of(text: str) -> int:
 
 def state_of(workload: Workload) -> State:
     """Every tensor of the state under a name; the tensors themselves."""
-    names = {parameter: name for name, parameter in workload.model.named_parameters()}
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in workload.model.named_parameters()}
     state = {f"model.{name}": parameter.detach() for parameter, name in names.items()}
     for parameter, moments in workload.optimizer.state.items():
         state |= {f"optimizer.{names[parameter]}.{key}": value for key, value in moments.items()}
@@ -87,9 +87,10 @@ def _save_torch(state: State, folder: Path) -> None:
 
 
 def _save_dcp(state: State, folder: Path) -> None:
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 
-    dcp.save(state, storage_writer=dcp.FileSystemWriter(folder, sync_files=True), no_dist=True)
+    save_dcp(state, storage_writer=FileSystemWriter(folder, sync_files=True), no_dist=True)
 
 
 def _save_safetensors(state: State, folder: Path) -> None:
@@ -131,9 +132,10 @@ def _load_torch(state: State, folder: Path) -> None:
 
 
 def _load_dcp(state: State, folder: Path) -> None:
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load as load_dcp
 
-    dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+    load_dcp(state, storage_reader=FileSystemReader(folder), no_dist=True)
 
 
 def _load_safetensors(state: State, folder: Path) -> None:
