@@ -226,11 +226,13 @@ class Tiers:
         answers = await asyncio.gather(*(self._list_tier(i, tier) for i, tier in enumerate(self.all)))
         return wire.TierList(
             agent=self._name,
-            images=[image for images, _ in answers for image in images],
-            errors=[error for _, error in answers if error],
+            images=[image for images, _, _ in answers for image in images],
+            errors=[error for _, error, _ in answers if error],
+            others=[other for _, _, other in answers if other],
         )
 
-    async def _list_tier(self, index: int, tier: Tier) -> tuple[list[wire.TierImages], str]:
+    async def _list_tier(self, index: int, tier: Tier) -> tuple[list[wire.TierImages], str, str]:
+        """What this job has there; why that cannot be told; and whose snapshots are there besides."""
         from ..storage.reader import list_snapshots
 
         try:
@@ -241,18 +243,22 @@ class Tiers:
                     if foreign:  # theirs must not hide ours
                         told, foreign = await self._ours(tier, store, await list_snapshots(store))
         except TimeoutError:
-            return [], f"{tier.settings.url}: not listed within {_LIST_S:g} s"
+            return [], f"{tier.settings.url}: not listed within {_LIST_S:g} s", ""
         except HoldfastError as error:
-            return [], f"{tier.settings.url}: {error}"
-        if foreign:
-            _log.warning(
-                "%s has snapshots of other jobs, too, which are not looked at: %s. One job, one tier; a job that goes on under "
-                "another name says so: Tier(…, any_job=True)", tier.settings.url, ", ".join(sorted(foreign)),
-            )  # fmt: skip
-        return [
-            wire.TierImages(tier=index, id=wire_id(one.id), world=one.world, ranks=_ranges(one.ranks), whole=one.whole)
-            for one in told
-        ], ""
+            return [], f"{tier.settings.url}: {error}", ""
+        other = f"{tier.settings.url} holds snapshots of job {', '.join(sorted(foreign))}" if foreign else ""
+        if other:
+            _log.warning("%s, which are not looked at: this is %s", other, self._job)
+        return (
+            [
+                wire.TierImages(
+                    tier=index, id=wire_id(one.id), world=one.world, ranks=_ranges(one.ranks), whole=one.whole
+                )
+                for one in told
+            ],
+            "",
+            other,
+        )
 
     async def _ours(self, tier: Tier, store: Store, listed: Sequence[Listed]) -> tuple[list[Listed], set[str]]:
         """Of what is *listed*, what a restore of this job may want, oldest first: the newest that are whole, as far as can be

@@ -618,16 +618,18 @@ class MaterialiseReply(_message.Message):
     def __init__(self, path: _Optional[str] = ..., how: _Optional[str] = ..., checks_crc: _Optional[int] = ...) -> None: ...
 
 class TierList(_message.Message):
-    __slots__ = ("agent", "address", "images", "errors")
+    __slots__ = ("agent", "address", "images", "errors", "others")
     AGENT_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     ERRORS_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_FIELD_NUMBER: _ClassVar[int]
     agent: str
     address: str
     images: _containers.RepeatedCompositeFieldContainer[TierImages]
     errors: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, agent: _Optional[str] = ..., address: _Optional[str] = ..., images: _Optional[_Iterable[_Union[TierImages, _Mapping]]] = ..., errors: _Optional[_Iterable[str]] = ...) -> None: ...
+    others: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, agent: _Optional[str] = ..., address: _Optional[str] = ..., images: _Optional[_Iterable[_Union[TierImages, _Mapping]]] = ..., errors: _Optional[_Iterable[str]] = ..., others: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class TierImages(_message.Message):
     __slots__ = ("tier", "id", "world", "ranks", "whole")

@@ -128,16 +128,14 @@ class Checkpointer:
         self._settings = NodeSettings.read(os.environ, job=options.job, shm=shm, socket=agent)
         self._ranks: Ranks = join()
         self._spilling = Spilling(options.tiers, asks=self._ranks.rank == 0)
-        self._should_stop = False
-        self._last_tries = 0
+        self._should_stop, self._last_tries = False, 0
         self._books = Books(strict=strict)
         self._stats = self._books.stats
         self._flight: _Flight | None = None
         self._restored: SnapshotId | None = None
         self._floor: SnapshotId | None = None
         self._torch_hooks: list[RemovableHandle] = []
-        self._closed = False
-        self._reported_s = -_REPORT_EVERY_S
+        self._closed, self._reported_s = False, -_REPORT_EVERY_S
         self._objection = ""
         self._digest: tuple[int, int] | None = None
         with ExitStack() as undo:

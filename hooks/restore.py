@@ -17,7 +17,16 @@ from ..agent import wire_pb2 as wire
 from ..agent.client import wire_id
 from ..agent.inventory import held_images, held_parities, in_tiers, parity_source
 from ..crashpoints import reach
-from ..errors import Corrupt, HoldfastError, LayoutMismatch, PeerFailed, RestoreDiverged, SnapshotLost, TierUnreachable
+from ..errors import (
+    ConfigError,
+    Corrupt,
+    HoldfastError,
+    LayoutMismatch,
+    PeerFailed,
+    RestoreDiverged,
+    SnapshotLost,
+    TierUnreachable,
+)
 from ..snapshot.arena import Slot
 from ..snapshot.assembly import Read, assemble
 from ..snapshot.beat import NONE
@@ -131,6 +140,7 @@ class Found:
         addresses: where each agent is found.
         stored: what lies in the tiers.
         silent: tiers that some agent could not read, and why.
+        others: tiers that hold snapshots of other jobs, and of which.
     """
 
     images: tuple[Held, ...]
@@ -139,6 +149,7 @@ class Found:
     addresses: Mapping[str, str] = field(default_factory=dict)
     stored: tuple[InTier, ...] = ()
     silent: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
 
 def gather_inventories(ranks: Ranks, reply: wire.ImageList, listed: wire.TierList, timeout_s: float) -> Found:
@@ -160,7 +171,10 @@ def gather_inventories(ranks: Ranks, reply: wire.ImageList, listed: wire.TierLis
     first = attached.index(True) == ranks.rank  # of this node: it speaks for all of them
     stored = [asdict(part) for part in in_tiers(listed)] if first else []
     silent = [f"{reply.agent}: {error}" for error in listed.errors] if first else []
-    said = json.dumps([mine, list(reply.spoiled), parities, stored, silent, [reply.agent, reply.address]]).encode()
+    others = list(listed.others) if first else []
+    said = json.dumps(
+        [mine, list(reply.spoiled), parities, stored, silent, others, [reply.agent, reply.address]]
+    ).encode()
     gathered = [json.loads(part) for part in ranks.gather(said, "comparing what the agents hold", timeout_s)]
     images = {Held(**{**entry, "id": SnapshotId(**entry["id"])}) for part, *_ in gathered for entry in part}
     guards = {
@@ -179,7 +193,8 @@ def gather_inventories(ranks: Ranks, reply: wire.ImageList, listed: wire.TierLis
         tuple(sorted(guards, key=lambda parity: (parity.id, parity.key, parity.index, parity.agent))),
         dict(where for *_, where in gathered),
         tuple(sorted(tiers, key=lambda part: (part.id, part.tier, part.agent))),
-        tuple(sorted({error for *_, part, _ in gathered for error in part})),
+        tuple(sorted({error for *_, part, _, _ in gathered for error in part})),
+        tuple(sorted({other for *_, part, _ in gathered for other in part})),
     )
 
 
@@ -236,6 +251,7 @@ class Restorer:
             SnapshotLost: one was complete, and neither it nor an older one can be had. The live tensors may be partly
                 overwritten if its images proved damaged only then.
             LayoutMismatch: it does not fit the live state, or this number of ranks; nothing is changed.
+            ConfigError: there is nothing, and tiers hold another job's snapshots: perhaps it is this one, under another name.
             TierUnreachable: nothing is to be had, or not what was complete last, and a tier may have it that cannot be read now.
             RestoreDiverged: ranks that must agree do not.
         """
@@ -310,6 +326,11 @@ class Restorer:
         if decision.loss or struck.copies or found.spoiled:
             lines = [f"{path}: it was sealed, and its record cannot be read" for path in found.spoiled]
             raise SnapshotLost("\n".join([decision.explain(), *lines]))
+        if found.others:
+            raise ConfigError(
+                f"there is nothing of this job, but {'; '.join(found.others)}; if it is that job, name it so (job=, HOLDFAST_JOB) "
+                f"or let it go on from there, Tier(…, any_job=True); if not, give it a tier of its own"
+            )
         _log.info("%s", decision.explain())
 
     def _attempt(self, decision: Plan, found: Found) -> list[_Bad]:

@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -309,3 +310,19 @@ def test_a_forked_worker_dies_of_the_signal_that_gives_notice(shared: Node) -> N
         _, status = os.waitpid(pid, 0)
         assert os.WTERMSIG(status) == signal.SIGTERM
         assert not ckpt._notice.given
+
+
+def test_another_jobs_tier_is_no_reason_to_start_afresh(node: Node, nvme: Tier) -> None:
+    """A scheduler may give every life of a job another name; and two jobs may have been given one tier."""
+    before = persisted(node, nvme)
+    lost(node)
+    other = Node()
+    try:
+        loop = Loop.make()
+        with other.attach(loop.model, loop.optimizer, tiers=[nvme]) as ckpt, pytest.raises(ConfigError, match=node.job):
+            ckpt.restore()
+        step, loop, ckpt = came_back(other, replace(nvme, any_job=True))
+        ckpt.close()
+        assert (step, loop.bits()) == (3, before.bits())
+    finally:
+        other.remove()
