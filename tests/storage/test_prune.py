@@ -42,7 +42,7 @@ def at(step: int, run: str = RUN, generation: int = 1) -> SnapshotId:
     return SnapshotId(generation, step, run)
 
 
-def settings(keep: int = 2, **more: int) -> TierSettings:
+def settings(keep: int = 2, **more: Any) -> TierSettings:
     return TierSettings("memory://imagined", EverySteps(1), keep, **more)
 
 
