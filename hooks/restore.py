@@ -328,8 +328,8 @@ class Restorer:
             raise SnapshotLost("\n".join([decision.explain(), *lines]))
         if found.others:
             raise ConfigError(
-                f"there is nothing of this job, but {'; '.join(found.others)}; if it is that job, name it so (job=, HOLDFAST_JOB) "
-                f"or let it go on from there, Tier(…, any_job=True); if not, give it a tier of its own"
+                f"there is nothing of this job, but {'; '.join(found.others)}; if that is this job, name it so (job=, "
+                f"HOLDFAST_JOB), or let it go on from there, Tier(…, any_job=True); else give it a tier of its own"
             )
         _log.info("%s", decision.explain())
 

@@ -55,6 +55,7 @@ def _array_metadata(shape: tuple[int, ...], chunk: tuple[int, ...], dtype: str, 
         serializer=BytesCodec(endian="little"),
         compressors=Crc32cCodec(),
         fill_value=0,
+        chunk_key_encoding={"name": "default", "separator": "."},
         attributes=json.loads(attributes),
         zarr_format=3,
     )

@@ -106,7 +106,12 @@ def plan(layout: Layout, rank: int) -> Plan:
 
 def values_key(rank: int) -> str:
     """The one chunk of the array of a rank's eager values."""
-    return f"{values_path(rank)}/c/0"
+    return chunk_key(values_path(rank), (0,))
+
+
+def chunk_key(path: str, place: Sequence[int]) -> str:
+    """The chunk of that index of the array at *path*, as zarr's default encoding calls it with dots: an array is one folder."""
+    return f"{path}/{'.'.join(['c', *map(str, place)])}"
 
 
 def row_bytes(piece: Slice) -> int:
@@ -167,11 +172,11 @@ def _chunks(index: int, piece: Slice, array: Array) -> Iterator[Chunk]:
     if piece.nbytes == 0:
         return
     if not array.chunk:
-        yield Chunk(index, f"{array.path}/c", 0, 1, ())
+        yield Chunk(index, chunk_key(array.path, ()), 0, 1, ())
         return
     start: Sequence[int] = (0,) * len(piece.start) if array.start is not None else piece.start
     cell = [s // c for s, c in zip(start, array.chunk, strict=True)]
     step = array.chunk[0]
     for first in range(0, piece.rows, step):
-        place = "/".join(map(str, (cell[0] + first // step, *cell[1:])))
-        yield Chunk(index, f"{array.path}/c/{place}", first, min(step, piece.rows - first), array.chunk)
+        key = chunk_key(array.path, (cell[0] + first // step, *cell[1:]))
+        yield Chunk(index, key, first, min(step, piece.rows - first), array.chunk)

@@ -15,7 +15,7 @@ import numpy as np
 from ...erasure.kernel import crc32c
 from ...snapshot.layout import ITEM_BYTES
 from ...storage.arrays import array_metadata, group_metadata, values_metadata
-from ...storage.chunks import Array
+from ...storage.chunks import Array, chunk_key, values_key
 from ...storage.names import private_path, rank_path, tensor_path, values_path
 from ...storage.store import Store, open_store
 from ..contents import Bytes, Cell, Piece, Tensor, alone, stream
@@ -67,8 +67,8 @@ async def _array(store: Store, path: str, tensor: Tensor, piece: Piece | None = 
 
 async def _chunk(store: Store, path: str, cell: Cell) -> None:
     shape = cell.tensor.cell()
-    place = [str(start // step) for (start, _), step in zip(cell.box, shape, strict=True)]
-    await _put(store, "/".join([path, "c", *place]), _padded(cell, shape))
+    place = [start // step for (start, _), step in zip(cell.box, shape, strict=True)]
+    await _put(store, chunk_key(path, place), _padded(cell, shape))
 
 
 def _padded(cell: Cell, shape: tuple[int, ...]) -> Bytes:
@@ -93,7 +93,7 @@ async def _of_rank(wanted: Wanted, store: Store, rank: int) -> None:
     values = np.frombuffer(await image.read_values(), np.uint8)
     await store.put(f"{values_path(rank)}/{_META}", [values_metadata(values.nbytes)], durable=False)
     if values.nbytes:
-        await _put(store, f"{values_path(rank)}/c/0", values)
+        await _put(store, values_key(rank), values)
     for tensor in wanted.tensors:
         for piece in tensor.own:
             if piece.rank == rank:

@@ -319,8 +319,8 @@ def test_an_object_store_is_killed_and_started_again(
 # -- damage --------------------------------------------------------------------------------------------------------------
 
 DAMAGE = {
-    "chunk": "snapshots/{}/model*/c/**/*",
-    "values": "snapshots/{}/ranks/*/values/c/*",
+    "chunk": "snapshots/{}/model*/c.*",
+    "values": "snapshots/{}/ranks/*/values/c.*",
     "entry": "entries/{}/*.json",
     "metadata": "snapshots/{}/**/zarr.json",
 }

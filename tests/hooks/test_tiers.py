@@ -45,7 +45,7 @@ def names(tier: Tier) -> list[str]:
 
 
 def chunks(tier: Tier, tensor: str) -> list[Path]:
-    return [path for path in Path(tier.url).glob(f"snapshots/*/{tensor}/c/**/*") if path.is_file()]
+    return [path for path in Path(tier.url).glob(f"snapshots/*/{tensor}/c.*") if path.is_file()]
 
 
 def persisted(node: Node, *tiers: Tier, steps: int = 3, depth: int = 1) -> Loop:

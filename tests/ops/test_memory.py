@@ -106,9 +106,9 @@ def test_memory_and_a_tier_compare_copy_and_verify(job: Job, tmp_path: Path, hol
         ["memory"] * 2 + [Path(tier).as_uri()] * 2
     )
 
-    chunk = next((Path(tier) / "snapshots").glob("*-0000000000000006-*/model.cols/c/0/0"))
+    chunk = next((Path(tier) / "snapshots").glob("*-0000000000000006-*/model.cols/c.0.0"))
     chunk.write_bytes(bytes(len(chunk.read_bytes())))
-    next((Path(tier) / "snapshots").glob("*-0000000000000006-*/ranks/000001/values/c/0")).unlink()
+    next((Path(tier) / "snapshots").glob("*-0000000000000006-*/ranks/000001/values/c.0")).unlink()
     assert holdfast("verify", tier)[0] == 14
     code, out, err = holdfast("verify", tier, "--repair", "--from", "memory")
     assert (code, out.count("mended: ")) == (0, 2), err
