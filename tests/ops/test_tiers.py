@@ -55,7 +55,7 @@ def flip(file: Path, at: int = 0) -> None:
 
 def chunk(tier: Path, name: str, held: Any = NEW) -> Path:
     """Some chunk of a tensor."""
-    return next(path for path in sorted((tier / data_of(held.id) / name / "c").rglob("*")) if path.is_file())
+    return next(iter(sorted((tier / data_of(held.id) / name).glob("c.*"))))
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
