@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -298,18 +297,6 @@ def test_a_preemption_notice_comes_before_what_is_being_spilled(node: Node, tmp_
     step, again, ckpt = came_back(node, slow)
     ckpt.close()
     assert (step, again.bits()) == (last, before)
-
-
-def test_a_forked_worker_dies_of_the_signal_that_gives_notice(shared: Node) -> None:
-    with shared.attach(Loop.make().model, grace="60s") as ckpt:
-        pid = os.fork()
-        if pid == 0:
-            while True:  # until the signal: one that comes just before pause() would be missed
-                time.sleep(0.01)
-        os.kill(pid, signal.SIGTERM)
-        _, status = os.waitpid(pid, 0)
-        assert os.WTERMSIG(status) == signal.SIGTERM
-        assert not ckpt._notice.given
 
 
 def test_another_jobs_tier_is_no_reason_to_start_afresh(node: Node, nvme: Tier) -> None:
