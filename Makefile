@@ -15,7 +15,7 @@ setup: .venv/.ready
 demo: setup
 	$(BIN)/holdfast demo --kill trainer --kills 3 --ranks 2
 
-# HOLDFAST_THOROUGH=1 tries all places and pairs that these tests otherwise sample, which takes an hour.
+# HOLDFAST_THOROUGH=1 tries all places and pairs that these tests otherwise sample; it takes much longer.
 test: setup
 	$(BIN)/python -m pytest -n 2 -q
 

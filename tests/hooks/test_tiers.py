@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -313,3 +315,31 @@ def test_another_jobs_tier_is_no_reason_to_start_afresh(node: Node, nvme: Tier) 
         assert (step, loop.bits()) == (3, before.bits())
     finally:
         other.remove()
+
+
+_WITH_A_WORKER = """
+import os, signal, sys, time
+from torch import nn
+from holdfast import Checkpointer
+
+with Checkpointer(nn.Linear(1, 1), job=sys.argv[1], shm=sys.argv[2], grace="60s") as ckpt:
+    ready, say = os.pipe()
+    worker = os.fork()
+    if worker == 0:
+        os.write(say, b".")  # Python drops signals that come while it forks
+        while True:
+            time.sleep(0.01)
+    os.read(ready, 1)
+    os.kill(worker, signal.SIGTERM)
+    _, status = os.waitpid(worker, 0)
+    print(os.WTERMSIG(status) == signal.SIGTERM, ckpt._notice.given)
+"""
+
+
+def test_a_forked_worker_dies_of_the_signal_that_gives_notice(shared: Node) -> None:
+    """In a process of its own: nobody can fork out of a test runner and be sure of its signals."""
+    done = subprocess.run(
+        [sys.executable, "-c", _WITH_A_WORKER, shared.job, str(shared.shm)],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=WAIT_S, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == ["True", "False"]
