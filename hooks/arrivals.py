@@ -11,9 +11,9 @@ from typing import Final
 from ..errors import SnapshotSkipped
 from ..snapshot.record import SnapshotId
 from .contract import Ticket
+from .found import together
 from .holding import Holding
 from .ranks import Ranks
-from .restore import together
 from .spilling import Spilling
 
 _GATHER_S: Final = 10.0  # for the other ranks to say that they waited in vain

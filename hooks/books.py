@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from ..errors import HoldfastError, SnapshotSkipped
-from .contract import Stats
+from .contract import Restored, Stats
 
 _log = logging.getLogger(__name__)
 _LOG_AGAIN_S: Final = 30.0  # the same trouble is logged at most so often; all of it is counted
@@ -74,3 +74,22 @@ class Books:
     def last_stall_s(self) -> float:
         """What our calls cost the training thread in the last step."""
         return self.stats.stall_s[-1] if self.stats.stall_s else 0.0
+
+
+def report_restored(restored: Restored, world: int) -> None:
+    """Log what a restore did that a user may not expect."""
+    if restored.world != world:
+        _log.warning("step %d, taken by %d ranks, was restored by %d", restored.step, restored.world, world)
+    if restored.fresh_streams:
+        _log.warning(
+            "ranks %d to %d were not there at step %d: they draw from random streams of their own, and have the extras of "
+            "the ranks of their numbers modulo %d",
+            restored.fresh_streams[0], restored.fresh_streams[-1], restored.step, restored.world,
+        )  # fmt: skip
+    for what, names in (
+        ("not in the snapshot", restored.missing),
+        ("not in the live state", restored.unexpected),
+        ("different in the snapshot", restored.mismatched),
+    ):
+        if names:
+            _log.warning("left as they are, %s: %s", what, ", ".join(names[:20]) + (", …" if len(names) > 20 else ""))

@@ -35,25 +35,26 @@ from ..snapshot.capture import Binding, Capture, Copier, copier_for
 from ..snapshot.codec import encode
 from ..snapshot.record import SnapshotId, table_bytes_for
 from ..snapshot.recovery import HeldParity, Relied, plan, relied_on
+from ..snapshot.selection import Selection
 from ..snapshot.state import to_leaf
 from ..storage.tiers import Tier
 from .arrivals import Arrivals, taken
 from .binder import Binder
-from .books import Books
+from .books import Books, report_restored
 from .contract import Deadlines, State, Stats, Ticket
+from .found import Found, gather_inventories, together
 from .holding import Holding
 from .options import Options, natural
-from .preemption import Notice
+from .preemption import Ending, Notice
 from .pulse import Pulse, Standing
 from .ranks import Ranks, join
-from .restore import Found, Restorer, gather_inventories, together
+from .restore import Restorer
 from .roster import gather_roster
 from .sizing import by_name, look_through, too_many_tensors
 from .spilling import Spilling
 
 _log = logging.getLogger(__name__)
 _REPORT_EVERY_S: Final = 0.5
-_LAST_TRIES: Final = 8  # steps at which a last snapshot is tried, when the job is to end
 
 
 @dataclass(slots=True)
@@ -128,7 +129,6 @@ class Checkpointer:
         self._settings = NodeSettings.read(os.environ, job=options.job, shm=shm, socket=agent)
         self._ranks: Ranks = join()
         self._spilling = Spilling(options.tiers, asks=self._ranks.rank == 0)
-        self._should_stop, self._last_tries = False, 0
         self._books = Books(strict=strict)
         self._stats = self._books.stats
         self._flight: _Flight | None = None
@@ -141,6 +141,7 @@ class Checkpointer:
         with ExitStack() as undo:
             undo.callback(self._ranks.close)
             self._notice = Notice(options.grace_s)
+            self._ending = Ending(self._notice, self._deadlines.last)
             undo.callback(self._notice.close)
             self._set_up(undo, by_name(model), by_name(optimizer), extras or {})
             undo.pop_all()
@@ -255,46 +256,77 @@ class Checkpointer:
         else:
             self._arrivals.persisted(ticket, timeout_s, self._digest)
 
-    def restore(self) -> int | None:
+    def restore(
+        self,
+        *,
+        strict: bool = True,
+        only: str | Sequence[str] = (),
+        rename: Mapping[str, str] | None = None,
+    ) -> int | None:
         """Bring the newest snapshot of this job back into the live objects. Collective.
 
         Model, optimizer, extras and random generators continue exactly where that step ended; on every rank the same
         step of the same run. Called in the middle of a run, this goes back to its newest complete snapshot.
 
+        Ranks, meshes and parallel layouts may be others than those that took it: tensors are put together from the parts that
+        any image holds; a rank takes the extras and random streams of the rank of its number (modulo how many there were), and
+        those that there were not draw from streams of their own (``stats().restored``).
+
+        With arguments, only tensors come back (and what modules and optimizers keep beside theirs), say for fine-tuning: random
+        generators, extras and hyperparameters stay as they are, and the run begins anew.
+
+        Args:
+            strict: raise if something does not fit; otherwise it is left as it is, and listed in ``stats().restored``.
+            only: names to restore, or patterns of names like ``"model.*"``.
+            rename: a name in the snapshot, or with a dot at its end the beginning of some, and what it is called here.
+
         Returns:
             The restored step, or None if this job has no snapshot that was ever complete.
 
         Raises:
-            LayoutMismatch: the snapshot is of another model, optimizer or number of ranks; nothing is changed.
+            LayoutMismatch: the snapshot is of another model or optimizer; nothing is changed.
             SnapshotLost: there was one, and it cannot be had any more; says what is missing. If that only turned out while
                 it was read, the state is partly overwritten, as after all of these:
             Corrupt, PeerFailed, DeadlinePassed, RestoreDiverged: the state is partly overwritten; do not train on it.
         """
         began_s = time.perf_counter()
+        selection = Selection(strict, (only,) if isinstance(only, str) else tuple(only), dict(rename or {}))
         if self._found is None:
             self._interrupt_run()
         assert self._found is not None
-        chosen = Restorer(
+        done = Restorer(
             self._state,
             self._ranks,
             self._deadlines.restore,
             self._holding.slots,
             self._holding.welcome.agent,
-            self._holding.materialise,
+            self._holding,
+            selection,
         ).newest(self._found)
         found, self._found = self._found, None
         self._binder.forget()
-        if chosen is not None:
-            self._holding.refresh()
-            for id in self._holding.discard_newer(chosen):
-                _log.info("discarded %s: the job went back to %s", id, chosen)
-            self._go_on_from(chosen, chosen)
-            if not self._holding.alone:
-                restored_s = time.perf_counter()
-                self._protect_again(chosen, relied_on(found.images, found.parities, chosen))
-                self._stats.reprotect_s = time.perf_counter() - restored_s
+        if done is not None:
+            chosen, self._stats.restored = done
+            report_restored(self._stats.restored, self._ranks.world)
+            if selection.whole:
+                self._continue(chosen, found)
         self._stats.restore_s = time.perf_counter() - began_s
-        return chosen.step if chosen else None
+        return done[0].step if done is not None else None
+
+    def _continue(self, chosen: SnapshotId, found: Found) -> None:
+        """This run goes on from *chosen*, one of what was *found*. Collective."""
+        self._holding.refresh()
+        for id in self._holding.discard_newer(chosen):
+            _log.info("discarded %s: the job went back to %s", id, chosen)
+        self._go_on_from(chosen, chosen)
+        if not self._holding.alone:
+            restored_s = time.perf_counter()
+            relied = relied_on(found.images, found.parities, chosen)
+            if self._stats.restored is not None and self._stats.restored.world == self._ranks.world:
+                self._protect_again(chosen, relied)
+            else:  # other groups guard other images now; what there is stays until there is a snapshot of this run
+                self._assemble(None, relied.parities)
+            self._stats.reprotect_s = time.perf_counter() - restored_s
 
     @property
     def watermark(self) -> int | None:
@@ -317,7 +349,7 @@ class Checkpointer:
 
         Turns true at the same step on every rank. Leave the loop then, and ``close``.
         """
-        return self._should_stop
+        return self._ending.over
 
     def stats(self) -> Stats:
         """What happened so far; the live object, not a copy."""
@@ -338,7 +370,7 @@ class Checkpointer:
         for handle in self._torch_hooks:
             handle.remove()
         # Each by itself: whatever one meets, the others let go too.
-        ended = ended and not self._should_stop  # who is preempted comes back
+        ended = ended and not self._ending.over  # who is preempted comes back
         for part in (
             self._notice.close,
             self._copier.close,
@@ -500,27 +532,12 @@ class Checkpointer:
 
     def _last_step(self, ticket: Ticket | None) -> None:
         """All ranks are here: see the last snapshot to where it is safest, within the grace. Collective."""
-        if self._should_stop:
-            return  # the loop goes on all the same, which is its business
-        if self._pulse.missed_stop:
-            self._should_stop = True
-            _log.warning("the other ranks have ended without this one, which came too late to their last step")
+        if self._ending.goes_on(taken=ticket is not None, missed=self._pulse.missed_stop, wait=self._holding.wait_able):
             return
-        left_s = max(self._notice.left_s, self._deadlines.last)
-        if ticket is None and self._last_tries < _LAST_TRIES:
-            self._last_tries += 1  # slots were busy, or some rank could not: the next step may do
-            self._holding.wait_able(left_s / _LAST_TRIES / 2)
-            return
-        self._should_stop = True
         watermark = self._pulse.agreed.watermark
         last = ticket or Ticket(watermark, None, self._keep() if watermark != NONE else None)
         state: State = "persisted" if self._spilling.tiers else "sealed" if self._holding.alone else "protected"
-        try:
-            self.wait(last, state, left_s)
-        except HoldfastError as error:
-            _log.warning("the last snapshot, of step %d, could not be %s: %s", last.step, state, error)
-        else:
-            _log.warning("the last snapshot, of step %d, is %s", last.step, state)
+        self._ending.see(last.step, state, lambda left_s: self.wait(last, state, left_s))
 
     def _settle_flight(self) -> None:
         """Fence what is open and wait for it to be sealed, within the deadline of ``close``."""
@@ -617,7 +634,7 @@ class Checkpointer:
         if found.silent:  # a tier that cannot be read now may hold runs that none of these knows of
             self._generation = max(self._generation, int(minutes))
         # What the job would go back to until this run has a complete snapshot of its own; never overwritten before.
-        floor = plan(found.images, self._ranks.world, parities=found.parities).chosen
+        floor = plan(found.images, parities=found.parities).chosen
         self._go_on_from(None, floor or max(self._holding.held(), default=None))
         self._assemble(None)
         return found

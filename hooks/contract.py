@@ -45,6 +45,32 @@ class Ticket:
     id: SnapshotId | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What the last restore brought back to this rank.
+
+    Attributes:
+        step, run: of the snapshot.
+        world: how many ranks took it.
+        fresh_streams: the ranks that there were not then. They draw from random streams of their own, seeded with the SHA-256 of
+            run, step and rank; empty if all ranks drew the same numbers, as then the new ones do, too.
+        missing, unexpected, mismatched: names of tensors that are live only, in the snapshot only, or different in both; empty
+            unless ``restore(strict=False)``.
+        read_bytes: put into live tensors.
+        pulled_bytes: of what was read, what came from other nodes or from tiers.
+    """
+
+    step: int
+    run: str
+    world: int
+    fresh_streams: tuple[int, ...] = ()
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mismatched: tuple[str, ...] = ()
+    read_bytes: int = 0
+    pulled_bytes: int = 0
+
+
 @dataclass(slots=True)
 class Stats:
     """What happened so far. Times in seconds.
@@ -55,6 +81,7 @@ class Stats:
         stall_s: training-thread time in our calls, per step; the newest 10,000.
         copy_s: duration of the last lazy copy.
         restore_s: duration of the last restore, None if there was none.
+        restored: what it brought back.
         reprotect_s: how much of it went into protecting the restored snapshot again; None if there is nobody to do so.
     """
 
@@ -63,4 +90,5 @@ class Stats:
     stall_s: deque[float] = field(default_factory=lambda: deque(maxlen=10_000))
     copy_s: float = 0.0
     restore_s: float | None = None
+    restored: Restored | None = None
     reprotect_s: float | None = None

@@ -7,12 +7,15 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, Final
 
+from ..errors import HoldfastError
+
 _log = logging.getLogger(__name__)
 SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1)
+_TRIES: Final = 8  # steps at which a last snapshot is tried, when the job is to end
 
 
 class Notice:
@@ -67,3 +70,51 @@ class Notice:
         elif os.getpid() != self._pid or self.left_s == 0.0:  # a forked worker has nobody to ask whether it should stop
             signal.signal(number, self._former.get(signal.Signals(number)) or signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+
+class Ending:
+    """The last step of a job that is to end.
+
+    Attributes:
+        over: what could be done for the state is done.
+    """
+
+    def __init__(self, notice: Notice, least_s: float) -> None:
+        """*least_s*: what a wait may take even if nothing is left of the grace: some other rank's may be."""
+        self.over = False
+        self._notice = notice
+        self._least_s = least_s
+        self._tries = 0
+
+    @property
+    def _left_s(self) -> float:
+        return max(self._notice.left_s, self._least_s)
+
+    def goes_on(self, *, taken: bool, missed: bool, wait: Callable[[float], None]) -> bool:
+        """Whether this is not the step at which the last snapshot is seen to safety.
+
+        Args:
+            taken: there is a snapshot of this step. Without one, *wait* waits so many seconds for a slot, and the next may do.
+            missed: the other ranks have ended already.
+        """
+        if self.over:
+            return True  # the loop goes on all the same, which is its business
+        if missed:
+            self.over = True
+            _log.warning("the other ranks have ended without this one, which came too late to their last step")
+            return True
+        if not taken and self._tries < _TRIES:
+            self._tries += 1
+            wait(self._left_s / _TRIES / 2)
+            return True
+        return False
+
+    def see(self, step: int, state: str, wait: Callable[[float], None]) -> None:
+        """*wait*, for so many seconds, until the last snapshot, of *step*, is in that *state*."""
+        self.over = True
+        try:
+            wait(self._left_s)
+        except HoldfastError as error:
+            _log.warning("the last snapshot, of step %d, could not be %s: %s", step, state, error)
+        else:
+            _log.warning("the last snapshot, of step %d, is %s", step, state)

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
-from ..agent import wire_pb2 as wire
-from ..agent.client import wire_id
-from ..agent.inventory import held_images, held_parities, in_tiers, parity_source
+import numpy as np
+
 from ..crashpoints import reach
 from ..errors import (
     ConfigError,
     Corrupt,
     HoldfastError,
     LayoutMismatch,
-    PeerFailed,
     RestoreDiverged,
     SnapshotLost,
     TierUnreachable,
@@ -30,27 +29,55 @@ from ..errors import (
 from ..snapshot.arena import Slot
 from ..snapshot.assembly import Read, assemble
 from ..snapshot.beat import NONE
-from ..snapshot.codec import decode
-from ..snapshot.live import SourceImage, apply
+from ..snapshot.codec import decode, encode
+from ..snapshot.layout import Layout
+from ..snapshot.live import Source, apply
 from ..snapshot.record import SnapshotId
-from ..snapshot.recovery import Held, HeldParity, InTier, Persisted, Plan, Rebuilt, plan
+from ..snapshot.recovery import Held, Persisted, Plan, Rebuilt, plan
 from ..snapshot.replicas import disagreeing, sums
-from ..snapshot.state import Targets, TrainingState, from_leaf
+from ..snapshot.selection import ALL, Selection
+from ..snapshot.state import Targets, TrainingState, from_leaf, to_leaf
+from ..snapshot.streams import fresh_streams, stream_digests
+from ..snapshot.values import SHARED, merged
+from .contract import Restored
+from .found import Found, Result, together
+from .images import Agent, Images, Windows
 from .ranks import Ranks
 
 _log = logging.getLogger(__name__)
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """What one rank is about to apply: verified as far as that is possible without reading the tensors' bytes."""
+    """What one rank is about to apply: verified as far as that is possible without reading the tensors' bytes.
 
-    images: dict[int, SourceImage]
+    Attributes:
+        shared: names of what replicas must hold alike afterwards.
+        fresh: the ranks that draw from new random streams.
+    """
+
+    images: dict[int, Source]
     targets: Targets
     reads: list[Read]
     values: dict[str, Any]
     shared: frozenset[str]
+    fresh: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Described:
+    """What all ranks know of all images of a snapshot that other ranks took.
+
+    Attributes:
+        layouts, nbytes: of each image.
+        alike: the random generators that drew the same numbers on all ranks.
+        values: of those images that this rank has looked at.
+    """
+
+    layouts: dict[int, Layout]
+    nbytes: dict[int, int]
+    alike: frozenset[str]
+    values: dict[int, dict[str, Any]]
 
 
 class _Bad(NamedTuple):
@@ -130,98 +157,6 @@ class _Struck:
                 self.copies.add(source)
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What all agents hold together.
-
-    Attributes:
-        images, parities: sealed.
-        spoiled: slots that were sealed and cannot be read.
-        addresses: where each agent is found.
-        stored: what lies in the tiers.
-        silent: tiers that some agent could not read, and why.
-        others: tiers that hold snapshots of other jobs, and of which.
-    """
-
-    images: tuple[Held, ...]
-    spoiled: tuple[str, ...]
-    parities: tuple[HeldParity, ...] = ()
-    addresses: Mapping[str, str] = field(default_factory=dict)
-    stored: tuple[InTier, ...] = ()
-    silent: tuple[str, ...] = ()
-    others: tuple[str, ...] = ()
-
-
-def gather_inventories(ranks: Ranks, reply: wire.ImageList, listed: wire.TierList, timeout_s: float) -> Found:
-    """What any agent holds; the same on every rank. Collective.
-
-    Each image is reported by its own rank where that is attached to the agent, so the answer does not grow with the
-    square of the ranks; images of ranks that are elsewhere now are reported by all ranks of the node. An agent may take
-    a former trainer for alive whose rank is elsewhere already, so where each rank is, the ranks tell each other first.
-    """
-    here = f"{reply.agent} {reply.address}".encode()
-    attached = [where == here for where in ranks.gather(here, "comparing who is where", timeout_s)]
-    theirs = {
-        image.path
-        for image in reply.images
-        if image.trainer_alive and image.rank != ranks.rank and image.rank < ranks.world and attached[image.rank]
-    }
-    mine = [asdict(held) for held in held_images(reply) if held.path not in theirs]
-    parities = [asdict(parity) for parity in held_parities(reply)]
-    first = attached.index(True) == ranks.rank  # of this node: it speaks for all of them
-    stored = [asdict(part) for part in in_tiers(listed)] if first else []
-    silent = [f"{reply.agent}: {error}" for error in listed.errors] if first else []
-    others = list(listed.others) if first else []
-    said = json.dumps(
-        [mine, list(reply.spoiled), parities, stored, silent, others, [reply.agent, reply.address]]
-    ).encode()
-    gathered = [json.loads(part) for part in ranks.gather(said, "comparing what the agents hold", timeout_s)]
-    images = {Held(**{**entry, "id": SnapshotId(**entry["id"])}) for part, *_ in gathered for entry in part}
-    guards = {
-        HeldParity(**{**entry, "id": SnapshotId(**entry["id"]), "ranks": tuple(entry["ranks"])})
-        for _, _, part, *_ in gathered
-        for entry in part
-    }
-    tiers = {
-        InTier(**{**entry, "id": SnapshotId(**entry["id"]), "ranks": tuple(map(tuple, entry["ranks"]))})
-        for _, _, _, part, *_ in gathered
-        for entry in part
-    }
-    return Found(
-        tuple(sorted(images, key=lambda held: (held.id, held.rank, held.agent, held.path))),
-        tuple(sorted({path for _, part, *_ in gathered for path in part})),
-        tuple(sorted(guards, key=lambda parity: (parity.id, parity.key, parity.index, parity.agent))),
-        dict(where for *_, where in gathered),
-        tuple(sorted(tiers, key=lambda part: (part.id, part.tier, part.agent))),
-        tuple(sorted({error for *_, part, _, _ in gathered for error in part})),
-        tuple(sorted({other for *_, part, _ in gathered for other in part})),
-    )
-
-
-def together(ranks: Ranks, what: str, timeout_s: float, work: Callable[[], Result]) -> Result:
-    """Do *work* on every rank; return only if all succeeded. Collective.
-
-    Raises:
-        The rank's own error if it failed, after the others know.
-        Corrupt, PeerFailed: another rank's failure, named.
-    """
-    done: list[Result] = []
-    error: Exception | None = None
-    try:
-        done.append(work())
-    except Exception as caught:  # noqa: BLE001 - whatever it is, the others must hear of it before it travels on
-        error = caught
-    said = json.dumps([type(error).__name__, str(error)] if error else None).encode()
-    outcomes = [json.loads(outcome) for outcome in ranks.gather(said, what, timeout_s)]
-    if error is not None:
-        raise error
-    for rank, outcome in enumerate(outcomes):
-        if outcome is not None:
-            kind, message = outcome
-            raise (Corrupt if kind == "Corrupt" else PeerFailed)(f"{what}: rank {rank} failed: {kind}: {message}")
-    return done[0]
-
-
 class Restorer:
     """One restore of one rank. Collective throughout: every rank calls the same methods in the same order."""
 
@@ -231,42 +166,37 @@ class Restorer:
         ranks: Ranks,
         timeout_s: float,
         mapped: Iterable[Slot] = (),
-        agent: str = "",
-        bring: Callable[[wire.MaterialiseRequest, float], wire.MaterialiseReply] | None = None,
+        here: str = "",
+        agent: Agent | None = None,
+        selection: Selection = ALL,
     ) -> None:
-        """*mapped* are slots that need not be mapped again; *agent* is this node's; *bring* has it bring an image
-        here (without it, all images are)."""
+        """*mapped* are slots that need not be mapped again; *here* is the name of this node's *agent*, without which all images
+        have to be on this node; *selection* says what is restored."""
+        self._here = here
         self._agent = agent
-        self._bring = bring
         self._mapped = {slot.place.path: slot for slot in mapped}
         self._state = state
         self._ranks = ranks
         self._timeout_s = timeout_s
+        self._selection = selection
         self._unread: frozenset[tuple[SnapshotId, int, int]] = frozenset()
 
-    def newest(self, found: Found) -> SnapshotId | None:
-        """Restore the newest snapshot that can be had; None if none was ever complete.
+    def newest(self, found: Found) -> tuple[SnapshotId, Restored] | None:
+        """Restore the newest snapshot that can be had, and say what came of it; None if none was ever complete.
 
         Raises:
             SnapshotLost: one was complete, and neither it nor an older one can be had. The live tensors may be partly
                 overwritten if its images proved damaged only then.
-            LayoutMismatch: it does not fit the live state, or this number of ranks; nothing is changed.
+            LayoutMismatch: it does not fit the live state; nothing is changed.
             ConfigError: there is nothing, and tiers hold another job's snapshots: perhaps it is this one, under another name.
             TierUnreachable: nothing is to be had, or not what was complete last, and a tier may have it that cannot be read now.
             RestoreDiverged: ranks that must agree do not.
         """
         struck = _Struck()
         while True:
-            decision = plan(
-                found.images,
-                self._ranks.world,
-                struck.copies,
-                found.parities,
-                struck.hopeless,
-                found.stored,
-                struck.unread,
-            )
-            self._refuse_to_go_far_back(decision, found)
+            decision = plan(found.images, struck.copies, found.parities, struck.hopeless, found.stored, struck.unread)
+            if decision.lost is not None and found.silent:
+                raise TierUnreachable("\n".join([decision.explain(), "these tiers may have it:", *found.silent]))
             if decision.chosen is None:
                 self._nothing_left(decision, found, struck)
                 return None
@@ -274,50 +204,40 @@ class Restorer:
             reach("restore.planned")
             self._unread = frozenset(struck.unread)
             left = replace(found, images=tuple(struck.left(found.images)))
-            bad = self._attempt(decision, self._read_once(decision, left))
-            if not bad:
-                return decision.chosen
-            struck.strike(decision, found, bad)
+            attempt = _Attempt()
+            done = self._attempt(decision, self._read_once(decision, left), attempt)
+            if done is not None:
+                return decision.chosen, done
+            struck.strike(decision, found, self._all_damage(attempt))
 
     def _read_once(self, decision: Plan, found: Found) -> Found:
         """*found*, with the images that come from tiers in the memory of their own ranks' nodes, as far as that goes. Collective.
 
         Replicas need each other's images. A tier may be slow and far away, so each image is read there once; the other nodes
-        fetch it from the one that has it then.
+        fetch it from the one that has it then. Other ranks than took it read the parts that they need.
         """
-        rank, id = self._ranks.rank, decision.chosen
-        if self._ranks.world == 1 or self._bring is None or not any(isinstance(s, Persisted) for s in decision.sources):
+        rank, id, world = self._ranks.rank, decision.chosen, self._ranks.world
+        persisted = any(isinstance(source, Persisted) for source in decision.sources)
+        if world == 1 or decision.world != world or self._agent is None or not persisted:
             return found
         assert id is not None
         mine: list[dict[str, Any]] = []
         if isinstance(decision.sources[rank], Persisted):
+            request = self._images(decision, found, None).request(rank)
             try:
-                reply = self._bring(self._request(id, rank, found), self._timeout_s)
+                reply = self._agent.materialise(request, self._timeout_s)
             except HoldfastError as error:  # ``_prepare`` will meet it again, and judge
                 _log.warning("%s of rank %d: %s", id, rank, error)
             else:
                 _log.info("%s of rank %d: %s", id, rank, reply.how)
-                mine = [{"rank": rank, "agent": self._agent, "path": reply.path, "checks_crc": reply.checks_crc}]
+                mine = [{"rank": rank, "agent": self._here, "path": reply.path, "checks_crc": reply.checks_crc}]
         gathered = self._ranks.gather(json.dumps(mine).encode(), "reading tiers", self._timeout_s)
         brought = [
-            Held(id=id, world=self._ranks.world, watermark=NONE, image_bytes=0, **entry)
+            Held(id=id, world=world, watermark=NONE, image_bytes=0, **entry)
             for part in gathered
             for entry in json.loads(part)
         ]
         return replace(found, images=(*found.images, *brought))
-
-    def _refuse_to_go_far_back(self, decision: Plan, found: Found) -> None:
-        """Raise if a newer snapshot is passed over for a reason that somebody can do something about.
-
-        Tiers keep milestones for ever; without this, a job that comes back with another number of ranks would go on from one.
-        """
-        if decision.lost is None:
-            return
-        worlds = {part.world for parts in (found.images, found.stored) for part in parts if part.id == decision.lost}
-        if worlds and self._ranks.world not in worlds:
-            raise LayoutMismatch(decision.explain())
-        if found.silent:
-            raise TierUnreachable("\n".join([decision.explain(), "these tiers may have it:", *found.silent]))
 
     def _nothing_left(self, decision: Plan, found: Found, struck: _Struck) -> None:
         """Raise unless it is certain that no snapshot ever was complete: starting afresh must not be an accident."""
@@ -333,133 +253,259 @@ class Restorer:
             )
         _log.info("%s", decision.explain())
 
-    def _attempt(self, decision: Plan, found: Found) -> list[_Bad]:
-        """Restore as planned; returns what proved damaged on any rank, nothing on success."""
-        attempt = _Attempt()
+    # -- one attempt -------------------------------------------------------------------------------------------------
+
+    def _attempt(self, decision: Plan, found: Found, attempt: _Attempt) -> Restored | None:
+        """Restore as planned; None if images proved damaged on any rank, as *attempt* then says. Collective."""
         with ExitStack() as stack:
-            prepared = together(
-                self._ranks,
-                "preparing the restore",
-                self._timeout_s,
-                lambda: self._prepare(decision, found, stack, attempt),
-            )
-            if bad := self._all_damage(attempt):
-                return bad
-            assert prepared is not None
-            together(self._ranks, "restoring", self._timeout_s, lambda: self._apply(prepared, attempt.damage))
-            if bad := self._all_damage(attempt):
-                return bad
-            together(self._ranks, "restoring values", self._timeout_s, lambda: self._finish(prepared))
+            windows = None if self._agent is None else Windows(self._agent, self._ranks.rank, self._timeout_s)
+            if windows is not None:
+                stack.callback(windows.close)
+            images = self._images(decision, found, windows)
+            prepared = self._prepare(decision, images, stack, attempt, found.agents)
+            if prepared is None:
+                return None
+            read_bytes = self._together("restoring", lambda: self._apply(prepared, attempt))
+            if self._any(attempt.damage):
+                return None
+            self._together("restoring values", lambda: self._finish(prepared))
+            pulled_bytes = 0 if windows is None else windows.pulled_bytes
         self._compare(prepared.shared)
         reach("restore.applied")
-        return []
+        assert decision.chosen is not None
+        misfits = prepared.targets.misfits
+        return Restored(
+            decision.chosen.step,
+            decision.chosen.run,
+            decision.world,
+            prepared.fresh,
+            misfits.missing,
+            misfits.unexpected,
+            misfits.mismatched,
+            read_bytes,
+            pulled_bytes,
+        )
 
-    def _prepare(self, decision: Plan, found: Found, stack: ExitStack, attempt: _Attempt) -> _Prepared | None:
-        rank, id = self._ranks.rank, decision.chosen
-        assert id is not None
-        images: dict[int, SourceImage] = {}
-        for needed in self._needed():
-            image = self._open(id, needed, decision, found, attempt)
-            if image is not None:
-                stack.callback(image.close)
-                images[needed] = image
-        if attempt.damage:
+    def _images(self, decision: Plan, found: Found, windows: Windows | None) -> Images:
+        return Images(decision, found, self._here, self._agent, windows, self._mapped, self._unread, self._timeout_s)
+
+    def _prepare(
+        self, decision: Plan, images: Images, stack: ExitStack, attempt: _Attempt, agents: Sequence[str]
+    ) -> _Prepared | None:
+        """What this rank is to apply; None if images are damaged, here or elsewhere. Collective."""
+        if decision.world == self._ranks.world:
+            prepared = self._together("preparing the restore", lambda: self._as_before(images, stack, attempt))
+            if self._any(attempt.damage):
+                return None
+            if not self._any(prepared is None):
+                return prepared
+        return self._anew(decision, images, stack, attempt, agents)
+
+    def _as_before(self, images: Images, stack: ExitStack, attempt: _Attempt) -> _Prepared | None:
+        """If this rank holds what it held then: its own image, and those of its replicas, are all it takes. None if that is not
+        so, or if images are damaged."""
+        rank = self._ranks.rank
+        opened = {needed: self._open(needed, images, stack, attempt) for needed in self._needed()}
+        sources = {needed: source for needed, source in opened.items() if source is not None}
+        values = None if attempt.damage else self._values(rank, sources[rank], attempt)
+        if values is None:
             return None
+        layouts = {owner: self._selection.of(source.layout) for owner, source in sources.items()}
         held = [
             placed.slice
-            for owner, image in images.items()
-            for placed in image.layout.placed
+            for owner, layout in layouts.items()
+            for placed in layout.placed
             if owner == rank or rank in placed.slice.members
         ]
-        targets = self._state.targets(held)
-        layouts = {r: i.layout for r, i in images.items()}
-        reads = assemble([item.slice for item in targets.items], layouts, rank)
+        targets = self._state.targets(held, self._selection)
+        if targets.misfits or self._state.lacks(values):
+            return None
         try:
-            values = decode(images[rank].values(), from_leaf)
+            reads = assemble([item.slice for item in targets.items], layouts, rank)
+        except LayoutMismatch:
+            return None
+        shared = frozenset(piece.name for piece in held if piece.members)
+        return _Prepared(sources, targets, reads, values, shared)
+
+    def _anew(
+        self, decision: Plan, images: Images, stack: ExitStack, attempt: _Attempt, agents: Sequence[str]
+    ) -> _Prepared | None:
+        """If ranks or meshes are others than they were: whatever any image holds may be needed. Collective."""
+        id, rank, world = decision.chosen, self._ranks.rank, decision.world
+        assert id is not None
+        described = self._describe(world, images, stack, attempt, agents)
+        if described is None:
+            return None
+        namesake = rank % world
+        own = self._together("reading values", lambda: self._own_values(namesake, images, stack, attempt, described))
+        if self._any(attempt.damage) or own is None:
+            return None
+        layouts = {owner: self._selection.of(layout) for owner, layout in described.layouts.items()}
+        held = [placed.slice for layout in layouts.values() for placed in layout.placed if placed.slice.name]
+        targets = self._together("comparing names", lambda: self._state.targets(held, self._selection))
+        values = self._merged(own, described.values)
+        targets = self._known_elsewhere(targets, self._state.foreign_modules(values))
+        fresh = [part for part in own["rng"] if part not in described.alike] if rank >= world else []
+        values["rng"] = fresh_streams(own["rng"], fresh, f"{id.run}/{id.step}/{rank}")
+        new = range(world, self._ranks.world) if described.alike < own["rng"].keys() else range(0)
+
+        def finish() -> _Prepared:
+            if targets.misfits and self._selection.strict:
+                raise LayoutMismatch(f"the snapshot does not fit the live state:\n  {targets.misfits.lines()}")
+            if self._selection.whole:
+                self._state.check_values(values)
+            wanted = [item.slice for item in targets.items]
+            near = [q for q in range(world) if images.copy_here(q) is not None]
+            reads = assemble(wanted, layouts, namesake, near=near, alike=True)
+            sources: dict[int, Source] = {}
+            for needed in sorted({read.rank for read in reads}):
+                source = self._open(needed, images, stack, attempt, described)
+                if source is not None:
+                    sources[needed] = source
+            shared = frozenset(item.slice.name for item in targets.items if item.slice.members)
+            return _Prepared(sources, targets, reads, values, shared, tuple(new))
+
+        prepared = self._together("preparing the restore", finish)
+        return None if self._any(attempt.damage) else prepared
+
+    def _describe(
+        self, world: int, images: Images, stack: ExitStack, attempt: _Attempt, agents: Sequence[str]
+    ) -> _Described | None:
+        """Each rank looks at some images, those of its own node first, and tells the others of them. Collective."""
+        said: dict[str, Any] = {}
+        values: dict[int, dict[str, Any]] = {}
+
+        def look() -> None:
+            for number in range(world):
+                if images.nearest(number, agents) != self._ranks.rank:
+                    continue
+                source = self._open(number, images, stack, attempt)
+                its = None if source is None else self._values(number, source, attempt)
+                if source is None or its is None:
+                    continue
+                values[number] = its
+                text = source.layout.to_text().decode("utf-8", "surrogatepass")
+                said[str(number)] = [source.nbytes, text, stream_digests(its["rng"])]
+
+        self._together("looking at the images", look)
+        if self._any(attempt.damage):
+            return None
+        told: dict[int, list[Any]] = {}
+        for part in self._ranks.gather(
+            zlib.compress(json.dumps(said).encode(), 1), "comparing layouts", self._timeout_s
+        ):
+            told.update({int(number): entry for number, entry in json.loads(zlib.decompress(part)).items()})
+        layouts = {n: Layout.from_text(text.encode("utf-8", "surrogatepass")) for n, (_, text, _) in told.items()}
+        streams = [digests for *_, digests in told.values()]
+        alike = frozenset(part for part in streams[0] if len({digests.get(part) for digests in streams}) == 1)
+        return _Described(layouts, {n: nbytes for n, (nbytes, *_) in told.items()}, alike, values)
+
+    def _own_values(
+        self, number: int, images: Images, stack: ExitStack, attempt: _Attempt, described: _Described
+    ) -> dict[str, Any] | None:
+        """The values of that rank's image; None if they cannot be had."""
+        if number in described.values:
+            return described.values[number]
+        source = self._open(number, images, stack, attempt, described)
+        return None if source is None else self._values(number, source, attempt)
+
+    def _merged(self, own: dict[str, Any], looked_at: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+        """*own* values, with what other ranks' have of parameters and modules if any rank needs that. Collective."""
+        lacking = self._together("comparing values", lambda: self._state.lacks(own))
+        if not self._any(lacking):
+            return dict(own)
+        mine = {str(n): {section: its[section] for section in SHARED} for n, its in looked_at.items()}
+        gathered = self._ranks.gather(encode(mine, "values", to_leaf).to_bytes(), "sharing values", self._timeout_s)
+        others: dict[int, Mapping[str, Any]] = {}
+        for part in gathered:
+            found = decode(np.frombuffer(part, np.uint8), from_leaf)
+            assert isinstance(found, dict)
+            others.update({int(number): sections for number, sections in found.items()})
+        return merged(own, (others[number] for number in sorted(others)))
+
+    def _known_elsewhere(self, targets: Targets, modules: Iterable[str]) -> Targets:
+        """*targets*, where of tensors and *modules* what no rank at all has live counts as unexpected. Collective."""
+        mine = [*targets.misfits.unexpected, *filter(self._selection.wants, modules)]
+        said = zlib.compress(json.dumps(mine).encode(), 1)
+        gathered = self._ranks.gather(said, "comparing names", self._timeout_s)
+        nowhere = set.intersection(*(set(json.loads(zlib.decompress(part))) for part in gathered))
+        return replace(targets, misfits=replace(targets.misfits, unexpected=tuple(sorted(nowhere))))
+
+    # -- images ------------------------------------------------------------------------------------------------------
+
+    def _open(
+        self, rank: int, images: Images, stack: ExitStack, attempt: _Attempt, described: _Described | None = None
+    ) -> Source | None:
+        """The image of *rank*; None if it cannot be had, as *attempt* then says.
+
+        This rank's own is brought into a slot, where it will be protected; of any other, the parts that are needed.
+        """
+        if (here := images.copy_here(rank)) is not None:
+            attempt.read[rank] = here
+        try:
+            if described is None and rank == self._ranks.rank < images.world == self._ranks.world:
+                source: Source = images.mapped(rank)
+            elif described is None:
+                source = images.ranged(rank)
+            else:
+                source = images.ranged(rank, (described.layouts[rank], described.nbytes[rank]))
+        except SnapshotLost as error:
+            attempt.damage[rank] = str(error)
+            attempt.nowhere.add(rank)
+            return None
+        except (Corrupt, OSError) as error:
+            attempt.damage[rank] = str(error)
+            return None
+        stack.callback(source.close)
+        if described is not None and source.layout != described.layouts[rank]:
+            attempt.damage[rank] = "it is laid out in another way than another copy of it"
+            return None
+        return source
+
+    def _values(self, rank: int, source: Source, attempt: _Attempt) -> dict[str, Any] | None:
+        """The values in that rank's image; None if they are damaged, as *attempt* then says."""
+        try:
+            values = decode(source.values(), from_leaf)
+        except SnapshotLost as error:
+            attempt.damage[rank] = str(error)
+            attempt.nowhere.add(rank)
+            return None
         except Corrupt as error:
             attempt.damage[rank] = str(error)
             return None
         if not isinstance(values, dict):
-            raise LayoutMismatch(f"the values of {decision.chosen} are a {type(values).__name__}, not a state")
-        self._state.check_values(values)
-        shared = frozenset(piece.name for piece in held if piece.members)
-        return _Prepared(images, targets, reads, values, shared)
-
-    def _open(self, id: SnapshotId, rank: int, decision: Plan, found: Found, attempt: _Attempt) -> SourceImage | None:
-        """The image, to be read where it lies on this node, brought here if it is not yet; None if that failed."""
-        here = self._copy_here(id, rank, decision, found)
-        try:
-            if here is not None:
-                attempt.read[rank] = here
-            path = here.path if here is not None else self._brought(id, rank, found)
-            return SourceImage(path, rank, id, self._mapped.get(path))
-        except SnapshotLost as error:
-            attempt.damage[rank] = str(error)
-            attempt.nowhere.add(rank)
-        except (Corrupt, OSError) as error:
-            attempt.damage[rank] = str(error)
-        return None
+            raise LayoutMismatch(f"the values of rank {rank} are a {type(values).__name__}, not a state")
+        return values
 
     def _needed(self) -> list[int]:
-        """The ranks whose images hold something of this rank's state: its own, and those of its replicas."""
+        """The ranks whose images hold something of this rank's state if all is as it was: its own, and those of its replicas."""
         if self._ranks.world == 1:
             return [0]
         members = {rank for item in self._state.survey().items for rank in item.slice.members}
         return sorted(members | {self._ranks.rank})
 
-    def _copy_here(self, id: SnapshotId, rank: int, decision: Plan, found: Found) -> Held | None:
-        """The copy on this node, if there is one."""
-        if not isinstance(decision.sources[rank], Held):
-            return None
-        copies = [image for image in found.images if (image.id, image.rank) == (id, rank)]
-        return next((image for image in copies if self._bring is None or image.agent == self._agent), None)
+    # -- applying ----------------------------------------------------------------------------------------------------
 
-    def _brought(self, id: SnapshotId, rank: int, found: Found) -> str:
-        """Where the image lies on this node, now that its agent has brought it. Raises ``SnapshotLost``."""
-        if self._bring is None:
-            raise SnapshotLost(f"the image of {id} of rank {rank} is not on this node")
-        reply = self._bring(self._request(id, rank, found), self._timeout_s)
-        _log.info("%s of rank %d: %s", id, rank, reply.how)
-        return reply.path
-
-    def _request(self, id: SnapshotId, rank: int, found: Found) -> wire.MaterialiseRequest:
-        """What the agent must know to bring an image here: everybody who has it, or can compute it."""
-        return wire.MaterialiseRequest(
-            id=wire_id(id),
-            rank=rank,
-            world=self._ranks.world,
-            images=[
-                wire.Source(rank=i.rank, agent=i.agent, address=found.addresses[i.agent], checks_crc=i.checks_crc)
-                for i in found.images
-                if i.id == id
-            ],
-            parities=[parity_source(p, found.addresses[p.agent]) for p in found.parities if p.id == id],
-            tiers=[
-                wire.TierSource(tier=part.tier, agent=part.agent, address=found.addresses[part.agent])
-                for part in found.stored
-                if part.id == id and part.holds(rank) and (id, rank, part.tier) not in self._unread
-            ],
-        )
-
-    def _apply(self, prepared: _Prepared, damage: dict[int, str]) -> None:
-        for rank, image in prepared.images.items():
+    def _apply(self, prepared: _Prepared, attempt: _Attempt) -> int:
+        nbytes = 0
+        by_rank: dict[int, list[Read]] = {}
+        for read in prepared.reads:
+            by_rank.setdefault(read.rank, []).append(read)
+        for rank, reads in by_rank.items():
             try:
-                apply(prepared.targets.items, [r for r in prepared.reads if r.rank == rank], {rank: image})
-            except Corrupt as error:
-                damage[rank] = str(error)
-                return
+                nbytes += apply(prepared.targets.items, reads, {rank: prepared.images[rank]})
+            except (Corrupt, SnapshotLost) as error:
+                attempt.damage[rank] = str(error)
+                attempt.nowhere.update([rank] if isinstance(error, SnapshotLost) else [])
+                break
+        return nbytes
 
     def _finish(self, prepared: _Prepared) -> None:
         self._state.install(prepared.targets)
-        self._state.apply_values(prepared.values)
-
-    def _all_damage(self, mine: _Attempt) -> list[_Bad]:
-        """What any rank found damaged. Collective."""
-        for rank, reason in mine.damage.items():
-            _log.error("the image of rank %d cannot be used: %s", rank, reason)
-        said = json.dumps(mine.bad()).encode()
-        gathered = self._ranks.gather(said, "comparing damage", self._timeout_s)
-        return sorted({_Bad(*entry) for part in gathered for entry in json.loads(part)})
+        if self._selection.whole:
+            self._state.apply_values(prepared.values)
+        else:
+            self._state.apply_some(prepared.values, self._selection.wants)
 
     def _compare(self, shared: frozenset[str]) -> None:
         """Replicas must hold the same bytes now. Raises ``RestoreDiverged`` otherwise. Collective."""
@@ -468,3 +514,20 @@ class Restorer:
         gathered = [json.loads(part) for part in self._ranks.gather(said, "comparing restored state", self._timeout_s)]
         if split := disagreeing(gathered, {item.slice.members for item in items}):
             raise RestoreDiverged(f"after the restore, ranks {list(split[0])} hold different bytes of what they share")
+
+    # -- together ----------------------------------------------------------------------------------------------------
+
+    def _together(self, what: str, work: Callable[[], Result]) -> Result:
+        return together(self._ranks, what, self._timeout_s, work)
+
+    def _any(self, fact: object) -> bool:
+        """Whether it is so on any rank. Collective."""
+        return b"1" in self._ranks.gather(b"1" if fact else b"0", "comparing outcomes", self._timeout_s)
+
+    def _all_damage(self, mine: _Attempt) -> list[_Bad]:
+        """What any rank found damaged. Collective."""
+        for rank, reason in mine.damage.items():
+            _log.error("the image of rank %d cannot be used: %s", rank, reason)
+        said = json.dumps(mine.bad()).encode()
+        gathered = self._ranks.gather(said, "comparing damage", self._timeout_s)
+        return sorted({_Bad(*entry) for part in gathered for entry in json.loads(part)})

@@ -1,80 +1,103 @@
-"""Which bytes of which image fill which tensor at a restore. Pure.
+"""Which parts of which images fill which tensors at a restore, whatever ranks and meshes they were taken by. Pure.
 
-Each wanted box is filled from the images' slices of the same name: from this rank's own image first, since only that
-has what belongs to this rank alone; then from the others, which hold the rest of what was shared (``partition``).
+Each wanted box is filled from the images' slices of the same name, each element once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from ..errors import LayoutMismatch
-from .layout import Layout, Placed, Slice
+from .layout import Layout, Slice
+from .regions import Box, box_of
 
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """Rows ``first_row .. first_row + rows`` of wanted box number *target* are the *nbytes* at *offset* of *rank*'s image."""
+    """*box* of the global tensor, which lies in slice number *index* of *rank*'s image, goes into wanted box number *target*."""
 
     rank: int
-    offset: int
-    nbytes: int
+    index: int
     target: int
-    first_row: int
-    rows: int
+    box: Box
 
 
-def assemble(wanted: Sequence[Slice], layouts: Mapping[int, Layout], rank: int) -> list[Read]:
-    """All reads that fill every row of every wanted box exactly once, by image and offset.
+@dataclass(slots=True)
+class _Offers:
+    """Who holds parts of one tensor: (first row, rank, index of the slice, box), by first row; and the most rows of any."""
+
+    parts: list[tuple[int, int, int, Box]] = field(default_factory=list)
+    rows: int = 0
+
+    def near(self, box: Box) -> list[tuple[int, int, int, Box]]:
+        """Those that may meet *box*."""
+        if not box.start:
+            return self.parts
+        low = bisect_left(self.parts, (box.start[0] - self.rows + 1,))
+        return self.parts[low : bisect_left(self.parts, (box.start[0] + box.extent[0],))]
+
+
+def assemble(
+    wanted: Sequence[Slice],
+    layouts: Mapping[int, Layout],
+    rank: int,
+    *,
+    near: Collection[int] = (),
+    alike: bool = False,
+) -> list[Read]:
+    """All reads that fill every element of every wanted box exactly once, by image and slice.
+
+    Where several images hold the same part, the one of *rank* itself comes first: only that has what belongs to this rank
+    alone. Then come those of *near*, then the lower ranks.
 
     Args:
         wanted: the boxes of this rank, whole.
         layouts: the layout of each rank's image.
-        rank: whose own image comes first.
+        alike: what several ranks want (``members``), all of them are to take from the same image.
 
     Raises:
-        LayoutMismatch: rows that no image holds, by name.
+        LayoutMismatch: parts that no image holds, by name.
     """
-    names = {box.name for box in wanted}
-    offers: dict[str, list[tuple[int, Placed]]] = {}
-    for owner in sorted(layouts, key=lambda r: (r != rank, r)):
-        for placed in layouts[owner].placed:
-            if placed.slice.name in names:
-                offers.setdefault(placed.slice.name, []).append((owner, placed))
+    offers = _offers({box.name for box in wanted}, layouts)
     reads: list[Read] = []
     missing: list[str] = []
-    for target, box in enumerate(wanted):
-        if not box.nbytes:
-            continue
-        gaps = [(0, box.rows)]
-        for owner, placed in offers.get(box.name, []):
-            gaps = _fill(box, target, owner, placed, gaps, reads)
+    for target, piece in enumerate(wanted):
+        gaps = [box_of(piece)] if piece.nbytes else []
+        same = alike and bool(piece.members)
+        found = offers[piece.name].near(gaps[0]) if gaps and piece.name in offers else []
+        for _, owner, index, held in sorted(
+            found, key=lambda f: (f[1],) if same else (f[1] != rank, f[1] not in near, f[1])
+        ):
             if not gaps:
                 break
-        missing += [f"{box.name}: rows {a} to {b} of box {list(box.start)}+{list(box.extent)}" for a, b in gaps]
+            left: list[Box] = []
+            for gap in gaps:
+                part = gap.meets(held) if len(gap.start) == len(held.start) else None
+                if part is None:
+                    left.append(gap)
+                    continue
+                reads.append(Read(owner, index, target, part))
+                left += gap.without(part)
+            gaps = left
+        missing += [f"{piece.name}: {list(gap.start)}+{list(gap.extent)} of {list(piece.shape)}" for gap in gaps]
     if missing:
         shown = "\n  ".join(missing[:20])
         raise LayoutMismatch(f"no image holds {len(missing)} parts of the state as this rank needs them:\n  {shown}")
-    return sorted(reads, key=lambda read: (read.rank, read.offset))
+    return sorted(reads, key=lambda read: (read.rank, read.index, read.box.start))
 
 
-def _fill(
-    box: Slice, target: int, owner: int, placed: Placed, gaps: list[tuple[int, int]], reads: list[Read]
-) -> list[tuple[int, int]]:
-    """Fill what *placed* can of the *gaps* (half-open row ranges of the box); append the reads, return what is left."""
-    held = placed.slice
-    if held.start[1:] != box.start[1:] or held.extent[1:] != box.extent[1:]:
-        return gaps
-    shift = held.start[0] - box.start[0] if box.start else 0
-    row_bytes = box.nbytes // box.rows
-    left: list[tuple[int, int]] = []
-    for first, last in gaps:
-        low, high = max(first, shift), min(last, shift + held.rows)
-        if low >= high:
-            left.append((first, last))
-            continue
-        offset = placed.offset + (low - shift) * row_bytes
-        reads.append(Read(owner, offset, (high - low) * row_bytes, target, low, high - low))
-        left += [gap for gap in ((first, low), (high, last)) if gap[0] < gap[1]]
-    return left
+def _offers(names: Collection[str], layouts: Mapping[int, Layout]) -> dict[str, _Offers]:
+    """What all images hold of the tensors of these names."""
+    offers: dict[str, _Offers] = {}
+    for owner, layout in layouts.items():
+        for index, placed in enumerate(layout.placed):
+            piece = placed.slice
+            if piece.name in names and piece.nbytes:
+                these = offers.setdefault(piece.name, _Offers())
+                these.parts.append((piece.start[0] if piece.start else 0, owner, index, box_of(piece)))
+                these.rows = max(these.rows, piece.rows)
+    for these in offers.values():
+        these.parts.sort(key=lambda part: part[:3])
+    return offers

@@ -144,6 +144,12 @@ class Encoded:
             np.copyto(out[start:end].view(array.dtype).reshape(array.shape), array)
         out[end : self.nbytes] = 0
 
+    def to_bytes(self) -> bytes:
+        """All of it."""
+        out = np.empty(self.nbytes, np.uint8)
+        self.write_into(out)
+        return out.tobytes()
+
 
 EncodeLeaf: TypeAlias = "Callable[[object], Raw | Tagged | None]"
 """Called with each value of a type not listed above; None refuses it."""

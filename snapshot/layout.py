@@ -217,19 +217,3 @@ def _has_grid(piece: Slice) -> bool:
         1 <= c <= max(n, 1) for c, n in zip(piece.chunk, piece.shape, strict=True)
     )
     return sane and piece.on_grid
-
-
-def differences(wanted: Iterable[Slice], held: Iterable[Slice]) -> list[str]:
-    """What keeps *held* from being restored onto *wanted*: one line per tensor, empty if nothing does.
-
-    Tensors are compared by name, dtype and global shape; how they are cut into slices does not matter here.
-    """
-    mine = {s.name: (s.dtype, s.shape) for s in wanted}
-    theirs = {s.name: (s.dtype, s.shape) for s in held}
-    lines = [f"{name}: in the snapshot, not in the live state" for name in theirs.keys() - mine.keys()]
-    lines += [f"{name}: in the live state, not in the snapshot" for name in mine.keys() - theirs.keys()]
-    for name in mine.keys() & theirs.keys():
-        if mine[name] != theirs[name]:
-            (my_dtype, my_shape), (dtype, shape) = mine[name], theirs[name]
-            lines.append(f"{name}: {my_dtype}{list(my_shape)} live, {dtype}{list(shape)} in the snapshot")
-    return sorted(lines)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +22,9 @@ from ..erasure.kernel import crc32c_at
 from ..errors import Corrupt
 from .arena import Place, Slot
 from .assembly import Read
-from .layout import Layout
+from .layout import Layout, Placed
 from .record import Record, SnapshotId
+from .regions import Box, Span, box_of, cut, span
 from .state import Item
 
 _WINDOW_BLOCKS: Final = 4
@@ -48,6 +49,7 @@ class SourceImage:
         if record is None or record.id != id or record.rank != rank:
             raise Corrupt(f"{path} no longer holds {id} of rank {rank}")
         self.record: Record = record
+        self.nbytes = record.image_bytes
         self._checks, text = self._slot.read_tables(record)
         self.layout = Layout.from_text(text)
         if self.layout.values_offset > record.image_bytes:
@@ -79,10 +81,23 @@ class SourceImage:
             )
         self._verified.add(block)
 
-    def view(self, offset: int, like: torch.Tensor) -> torch.Tensor:
-        """The bytes at *offset*, as a tensor shaped like *like*. Valid while this is open."""
-        flat = torch.from_numpy(self._slot.image[offset : offset + like.nbytes])
-        return flat.view(like.dtype).view(like.shape)
+    def fill(self, parts: Sequence[Part], pool: Executor) -> None:
+        """Fill live tensors. Raises ``Corrupt``; what came before the damage is filled already."""
+        dense = [part for part in parts if part.dense]
+        copies = [
+            _Copy(part.placed.offset + part.span.offset, part.span.nbytes, part.tensor.data_ptr()) for part in dense
+        ]
+        window_bytes = self.record.block_bytes * _WINDOW_BLOCKS
+        windows = _windows(copies, window_bytes)
+        list(pool.map(lambda window: _fill(self, window), windows))
+        reach("restore.inside-apply")
+        scattered = [small for part in parts if not part.dense for small in part.cut(window_bytes)]
+        list(pool.map(self._scatter, scattered))
+
+    def _scatter(self, part: Part) -> None:
+        start = part.placed.offset + part.span.offset
+        _verify_range(self, start, part.span.nbytes)
+        part.copy_from(self._slot.image[start : start + part.span.nbytes])
 
     def close(self) -> None:
         """Unmap, unless it was borrowed."""
@@ -103,50 +118,101 @@ def _open(path: str, rank: int) -> Slot:
     return Slot.open(Place(path, rank, 0, record.table_bytes, room - record.table_bytes))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """A box of a slice of an image, and the view of a live tensor that it fills.
+
+    Attributes:
+        span: where the box lies in the slice's bytes.
+    """
+
+    placed: Placed
+    box: Box
+    tensor: torch.Tensor
+    span: Span
+
+    @property
+    def dense(self) -> bool:
+        """Whether one run of bytes goes, as it is, to one place in this process's memory."""
+        return self.span.dense and self.tensor.device.type == "cpu" and self.tensor.is_contiguous()
+
+    def cut(self, most: int) -> Iterator[Part]:
+        """The part in pieces whose spans are no longer than *most* bytes, or one element."""
+        for box in cut(self.box, self.placed.slice, most):
+            yield Part(self.placed, box, _view(self.tensor, self.box, box), span(box, self.placed.slice))
+
+    def copy_from(self, found: npt.NDArray[np.uint8]) -> None:
+        """Fill the live tensor; *found* are the bytes of the span."""
+        flat = torch.from_numpy(found).view(self.tensor.dtype)
+        with torch.no_grad():
+            self.tensor.copy_(flat.as_strided(self.box.extent, self.span.strides))
+
+
+class Source(Protocol):
+    """One rank's image, wherever it lies, opened to be restored from.
+
+    Attributes:
+        nbytes: of the image.
+    """
+
+    layout: Layout
+    nbytes: int
+
+    def fill(self, parts: Sequence[Part], pool: Executor) -> None:
+        """Fill live tensors; each byte is verified before it is used.
+
+        Raises:
+            Corrupt, SnapshotLost: the image is damaged, or cannot be had. What came before is filled already.
+        """
+        ...
+
+    def values(self) -> npt.NDArray[np.uint8]:
+        """The encoded values, verified. Raises as ``fill``."""
+        ...
+
+    def close(self) -> None:
+        """Give back what it takes."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Copy:
-    """One read, or a window's part of it: *nbytes* at *offset* of the image go to *address*."""
+    """One part, or a window's share of it: *nbytes* at *offset* of the image go to *address*."""
 
     offset: int
     nbytes: int
     address: int
 
 
-def apply(items: Sequence[Item], reads: Sequence[Read], images: Mapping[int, SourceImage]) -> int:
+def apply(items: Sequence[Item], reads: Sequence[Read], images: Mapping[int, Source]) -> int:
     """Fill the live tensors of *items* as *reads* say; returns the number of bytes.
 
     Each byte is verified before it is used; yet if a later block proves damaged, what came before it is applied already.
     Version counters of all filled tensors are raised.
 
     Raises:
-        Corrupt: a block does not match its checksum. The live tensors are then partly overwritten.
+        Corrupt, SnapshotLost: an image is damaged, or cannot be had. The live tensors are then partly overwritten.
     """
-    rows = [(read, _rows(items[read.target], read)) for read in reads]
+    parts: dict[int, list[Part]] = {rank: [] for rank in images}
+    for read in reads:
+        item, placed = items[read.target], images[read.rank].layout.placed[read.index]
+        tensor = _view(item.tensor.detach(), box_of(item.slice), read.box)
+        parts[read.rank].append(Part(placed, read.box, tensor, span(read.box, placed.slice)))
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1), "holdfast-restore") as pool:
         for rank, image in images.items():
-            mine = [(read, tensor) for read, tensor in rows if read.rank == rank]
-            direct = [_Copy(r.offset, r.nbytes, t.data_ptr()) for r, t in mine if _is_direct(t)]
-            windows = _windows(direct, image.record.block_bytes * _WINDOW_BLOCKS)
-            list(pool.map(lambda window, image=image: _fill(image, window), windows))
-            reach("restore.inside-apply")
-            for read, tensor in mine:
-                if not _is_direct(tensor):
-                    _verify_range(image, read.offset, read.nbytes)
-                    with torch.no_grad():
-                        tensor.copy_(image.view(read.offset, tensor))
+            image.fill(parts[rank], pool)
     if any(item.tensor.device.type == "cuda" for item in items):
         torch.cuda.synchronize()  # the slots may be unmapped as soon as we return
     torch.autograd.graph.increment_version([item.tensor for item in items])
-    return sum(read.nbytes for read in reads)
+    return sum(read.box.volume * items[read.target].tensor.element_size() for read in reads)
 
 
-def _rows(item: Item, read: Read) -> torch.Tensor:
-    local = item.tensor.detach()
-    return local.narrow(0, read.first_row, read.rows) if local.ndim else local
-
-
-def _is_direct(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.is_contiguous()
+def _view(tensor: torch.Tensor, outer: Box, inner: Box) -> torch.Tensor:
+    """The part *inner* of a tensor that is the box *outer*."""
+    for d, (first, size) in enumerate(zip(inner.start, inner.extent, strict=True)):
+        if size != outer.extent[d]:
+            tensor = tensor.narrow(d, first - outer.start[d], size)
+    return tensor
 
 
 def _windows(copies: Sequence[_Copy], window_bytes: int) -> list[list[_Copy]]:

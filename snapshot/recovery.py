@@ -130,7 +130,7 @@ class Plan:
 
     Attributes:
         chosen: the newest snapshot all of whose images can be had, or None.
-        sources: where each rank's image comes from, in rank order; empty if there is no choice.
+        sources: where the image of each rank that took it comes from, in rank order; empty if there is no choice.
         rejected: every snapshot newer than the chosen one, newest first.
         loss: why going back to *chosen* (or, without one, starting afresh) gives up a snapshot that was complete once.
             None in the ordinary case: what is passed over never was complete.
@@ -142,6 +142,11 @@ class Plan:
     rejected: tuple[Rejected, ...]
     loss: str | None
     lost: SnapshotId | None = None
+
+    @property
+    def world(self) -> int:
+        """How many ranks took the chosen snapshot."""
+        return len(self.sources)
 
     def explain(self) -> str:
         """The plan in words, one line per fact."""
@@ -166,18 +171,16 @@ def _words(source: Origin) -> str:
 
 def plan(
     held: Iterable[Held],
-    world: int,
     damaged: Iterable[Held] = (),
     parities: Iterable[HeldParity] = (),
     hopeless: Iterable[tuple[SnapshotId, int]] = (),
     stored: Iterable[InTier] = (),
     unreadable: Iterable[tuple[SnapshotId, int, int]] = (),
 ) -> Plan:
-    """Choose the newest snapshot all of whose *world* images are held, can be rebuilt, or lie in a tier.
+    """Choose the newest snapshot all of whose images are held, can be rebuilt, or lie in a tier, however many ranks took it.
 
     Args:
         held: every sealed image that any agent reports; order and repetitions do not matter.
-        world: the number of ranks that want their state back.
         damaged: those of *held* already found not to match their checksums; they count as not held. Other copies of
             the same images are as good as before.
         parities: every sealed parity that any agent reports. An image is rebuilt only of a snapshot known to have been
@@ -188,7 +191,7 @@ def plan(
     """
     rejected: list[Rejected] = []
     known: set[SnapshotId] = set()
-    for prospect in prospects(held, world, damaged, parities, hopeless, stored, unreadable):
+    for prospect in prospects(held, damaged, parities, hopeless, stored, unreadable):
         known |= {prospect.id} if prospect.complete else set()
         if prospect.reason is None:
             return Plan(prospect.id, prospect.sources, tuple(rejected), *_loss(rejected, known))
@@ -198,17 +201,13 @@ def plan(
 
 def prospects(
     held: Iterable[Held],
-    world: int | None = None,
     damaged: Iterable[Held] = (),
     parities: Iterable[HeldParity] = (),
     hopeless: Iterable[tuple[SnapshotId, int]] = (),
     stored: Iterable[InTier] = (),
     unreadable: Iterable[tuple[SnapshotId, int, int]] = (),
 ) -> Iterator[Prospect]:
-    """Every snapshot that anybody holds or knows of, newest first. Arguments as for ``plan``.
-
-    Without *world*, each is looked at as for as many ranks as took it.
-    """
+    """Every snapshot that anybody holds or knows of, newest first. Arguments as for ``plan``."""
     bad, beyond = {copy.where: copy for copy in damaged}, frozenset(hopeless)
     images: dict[SnapshotId, list[Held]] = {}
     for image in held:
@@ -227,9 +226,12 @@ def prospects(
         spoiled = frozenset(copy.rank for copy in bad.values() if copy.id == id)
         help_ = guards.get(id, []) if id in known else []
         worlds = {image.world for image in images.get(id, [])} | {part.world for part in tiers.get(id, [])}
-        ranks = max(worlds, default=0) if world is None else world
-        below = {rank: source for rank in range(ranks) if (source := _stored(id, rank, tiers.get(id, []), unread))}
-        sources, reason = _sources(worlds, good, help_, ranks, lost, spoiled, below)
+        below = {
+            rank: source
+            for rank in range(max(worlds, default=0))
+            if (source := _stored(id, rank, tiers.get(id, []), unread))
+        }
+        sources, reason = _sources(worlds, good, help_, lost, spoiled, below)
         if reason is not None and id in guards and id not in known:
             reason += "; not known to have been complete, so nothing of it may be rebuilt"
         yield Prospect(id, sources, reason, id in known)
@@ -257,7 +259,6 @@ def _sources(
     worlds: Collection[int],
     good: Sequence[Held],
     parities: Sequence[HeldParity],
-    world: int,
     lost: frozenset[int],
     spoiled: frozenset[int],
     below: Mapping[int, Persisted],
@@ -265,8 +266,9 @@ def _sources(
     """A source for each rank's image, or why that cannot be. *below*: what tiers have."""
     if not worlds:
         return (), "known to have been complete, but no image of it is left"
-    if set(worlds) != {world}:
-        return (), f"taken by {' or '.join(map(str, sorted(worlds)))} ranks, and this job has {world}"
+    if len(worlds) > 1:
+        return (), f"images of it say that {' or '.join(map(str, sorted(worlds)))} ranks took it"
+    (world,) = worlds
     by_rank: dict[int, Origin] = {}
     for image in sorted(good, key=lambda image: (image.agent, image.path)):
         by_rank.setdefault(image.rank, image)

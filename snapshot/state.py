@@ -16,8 +16,7 @@ from __future__ import annotations
 import math
 import operator
 import random
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Final, Protocol, runtime_checkable
@@ -33,8 +32,11 @@ from torch.nn.parameter import is_lazy
 
 from ..errors import Corrupt, LayoutMismatch, StateRefused
 from .codec import Raw, Tagged
-from .layout import ITEM_BYTES, Slice, differences, room
+from .layout import ITEM_BYTES, Slice, room
 from .partition import chunk_bytes, gridded
+from .selection import ALL, Misfits, Selection, misfits
+from .streams import python_state, random_state, set_python_state, set_random_state
+from .values import Hyperparameters, joined
 
 _WRAPPERS: Final = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 
@@ -71,14 +73,16 @@ class Survey:
 
     ``owners`` are the dictionaries in which modules keep their children, parameters and buffers; ``anchors`` is what was
     in them, and in the optimizers. As long as both are the same objects, so are the tensors. ``stateful`` are the modules
-    with extra state. ``plain``: some optimizer keeps state that is no tensor; ``loose``: some keeps state for all its
-    parameters together. ``size`` as ``TrainingState.size``.
+    with extra state. ``groups`` are the names of each optimizer's parameters, group by group. ``plain``: some optimizer
+    keeps state that is no tensor; ``loose``: some keeps state for all its parameters together. ``size`` as
+    ``TrainingState.size``.
     """
 
     items: tuple[Item, ...]
     owners: tuple[Mapping[str, object], ...]
     anchors: tuple[object, ...]
     stateful: Mapping[str, nn.Module]
+    groups: Mapping[str, tuple[str, ...]]
     plain: bool
     loose: bool
     size: int
@@ -86,10 +90,17 @@ class Survey:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Targets:
-    """Where a snapshot's tensors go: the items to fill, and the optimizer state that they make up once filled."""
+    """Where a snapshot's tensors go: the items to fill, and the optimizer state that they make up once filled.
+
+    Attributes:
+        misfits: what is in the live state and not in the snapshot, or the other way round, or different in both.
+        whole: optimizers are to have this state, and no other.
+    """
 
     items: tuple[Item, ...]
     state: tuple[tuple[torch.optim.Optimizer, torch.Tensor, str, torch.Tensor], ...]
+    misfits: Misfits
+    whole: bool
 
 
 class TrainingState:
@@ -150,6 +161,7 @@ class TrainingState:
             owners,
             tuple(self._anchors(owners, plain)),
             _stateful_modules(self._models),
+            {name: tuple(map(joined, groups)) for name, groups in self._groups().items()},
             plain,
             any(map(_loose_state, self.optimizers.values())),
             self.size(),
@@ -213,14 +225,24 @@ class TrainingState:
             for g, group in enumerate(optimizer.param_groups):
                 for i, parameter in enumerate(group["params"]):
                     fqn, replicas = names.get(id(parameter), (f"group{g}.param{i}", ()))
-                    yield _Owner(optimizer, parameter, prefix + fqn, replicas, orphan=id(parameter) not in names)
+                    yield _Owner(name, g, optimizer, parameter, prefix + fqn, replicas, id(parameter) not in names)
+
+    def _groups(self) -> dict[str, list[list[str]]]:
+        """The names of each optimizer's parameters, group by group."""
+        groups: dict[str, list[list[str]]] = {n: [[] for _ in o.param_groups] for n, o in self.optimizers.items()}
+        for owner in self._owners():
+            groups[owner.section][owner.group].append(owner.name)
+        return groups
 
     # -- values ------------------------------------------------------------------------------------------------------
 
     def values(self, survey: Survey) -> dict[str, Any]:
         """Everything that is no tensor of *survey*, as it is now; a tree for ``codec.encode`` with ``to_leaf``."""
         return {
-            "groups": {name: [_options(group) for group in o.param_groups] for name, o in self.optimizers.items()},
+            "groups": {
+                name: [_options(group, names) for group, names in zip(o.param_groups, survey.groups[name], strict=True)]
+                for name, o in self.optimizers.items()
+            },
             "state": self._plain_state() if survey.plain else {},
             "loose": {name: _loose_state(o) for name, o in self.optimizers.items()} if survey.loose else {},
             "modules": {key: module.get_extra_state() for key, module in survey.stateful.items()},
@@ -240,72 +262,90 @@ class TrainingState:
         """Raise ``LayoutMismatch`` if ``apply_values`` could not apply *values*."""
         _same_names("optimizers", values["groups"], self.optimizers)
         _same_names("extras", values["extras"], self._extras)
-        _same_names("modules with extra state", values["modules"], _stateful_modules(self._models))
-        for name, optimizer in self.optimizers.items():
-            held = [entry["params"] for entry in values["groups"][name]]
-            live = [len(group["params"]) for group in optimizer.param_groups]
-            if held != live:
-                raise LayoutMismatch(f"optimizer {name}: parameter groups of {live} live, {held} in the snapshot")
+        if absent := sorted(_stateful_modules(self._models).keys() - values["modules"].keys()):
+            raise LayoutMismatch(f"modules with extra state: {absent} live, not in the snapshot")
+        self._hyperparameters(values)
+
+    def lacks(self, values: Mapping[str, Any]) -> bool:
+        """Whether *values*, as one rank had them, are not all that this rank needs."""
+        try:
+            self.check_values(values)
+        except LayoutMismatch:
+            return True
+        return bool(self.foreign_modules(values))
+
+    def foreign_modules(self, values: Mapping[str, Any]) -> list[str]:
+        """Modules of which *values* have extra state, and which are not live here; named as a state dict names that."""
+        foreign = values["modules"].keys() - _stateful_modules(self._models).keys()
+        return [f"{_module_name(key)}_extra_state" for key in foreign]
+
+    def _hyperparameters(self, values: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any] | None]]:
+        """For each group of each optimizer, its options; None for one without parameters. Raises ``LayoutMismatch``."""
+        found: dict[str, list[Mapping[str, Any] | None]] = {}
+        for name, groups in self._groups().items():
+            saved = Hyperparameters(f"optimizer {name}".strip(), values["groups"][name], to_leaf)
+            found[name] = [saved.of(names) for names in groups]
+        return found
 
     def apply_values(self, values: Mapping[str, Any]) -> None:
         """Put *values* back, after ``install``; random generators last, since putting the rest back may draw from them."""
         self.check_values(values)
-        for name, optimizer in self.optimizers.items():
-            for group, entry in zip(optimizer.param_groups, values["groups"][name], strict=True):
-                _set_options(group, entry["options"])
+        for name, options in self._hyperparameters(values).items():
+            for group, its in zip(self.optimizers[name].param_groups, options, strict=True):
+                _set_options(group, its or {})
         for name, optimizer in self.optimizers.items():
             optimizer.state.update(values["loose"].get(name, {}))
-        for owner in self._owners():
-            owner.optimizer.state[owner.parameter].update(values["state"].get(owner.name, {}))
-            if not owner.state:
-                del owner.optimizer.state[owner.parameter]
-        for key, module in _stateful_modules(self._models).items():
-            module.set_extra_state(values["modules"][key])
+        self.apply_some(values, lambda name: True)
         for name, extra in self._extras.items():
             _adapter_of(extra)[1](values["extras"][name])
         set_random_state(values["rng"])
 
+    def apply_some(self, values: Mapping[str, Any], wanted: Callable[[str], bool]) -> None:
+        """Put back what of *values* belongs to parameters and modules of these names, as far as it is there."""
+        for owner in self._owners():
+            if wanted(owner.name):
+                owner.optimizer.state[owner.parameter].update(values["state"].get(owner.name, {}))
+                if not owner.state:
+                    del owner.optimizer.state[owner.parameter]
+        for key, module in _stateful_modules(self._models).items():
+            if key in values["modules"] and wanted(f"{_module_name(key)}_extra_state"):
+                module.set_extra_state(values["modules"][key])
+
     # -- coming back -------------------------------------------------------------------------------------------------
 
-    def targets(self, held: Iterable[Slice]) -> Targets:
+    def targets(self, held: Iterable[Slice], selection: Selection = ALL) -> Targets:
         """Where each tensor that a snapshot holds goes: live tensors, and new ones for optimizer state not yet there.
 
         Nothing live is changed.
 
         Args:
-            held: slices of the snapshot, of any rank; every tensor at least once.
-
-        Raises:
-            LayoutMismatch: names, shapes or dtypes differ; lists what does.
+            held: slices of the snapshot, of any rank, under their live names; every tensor at least once.
+            selection: what is wanted of them.
         """
-        saved = {piece.name: piece for piece in held}
-        live = {item.slice.name: item for item in self.survey().items}
+        saved = {piece.name: piece for piece in held if selection.wants(piece.name)}
+        live = {item.slice.name: item for item in self.survey().items if selection.wants(item.slice.name)}
         owners = {owner.name: owner for owner in self._owners()}
-        items: dict[str, Item] = {}
+        state_of = {name: owners.get(name.rpartition(".")[0]) for name in [*saved, *live]}
+        # Of optimizer state, the snapshot decides what there is; of all else, what is live.
+        items = {name: item for name, item in live.items() if state_of[name] is None}
+        found = misfits((item.slice for item in items.values()), (p for n, p in saved.items() if state_of[n] is None))
+        fitting = {name: item for name, item in items.items() if _same_kind(item, saved.get(name)) is not None}
+        unfit = {id(item.source) for name, item in items.items() if name not in fitting}
         state: list[tuple[torch.optim.Optimizer, torch.Tensor, str, torch.Tensor]] = []
-        for name, item in live.items():
-            if name.rpartition(".")[0] not in owners:  # not optimizer state: what is live must be in the snapshot
-                items[name] = item
         with torch.no_grad():
             for name, piece in saved.items():
-                owner = owners.get(name.rpartition(".")[0])
-                if owner is None:
+                owner = state_of[name]
+                if owner is None or id(owner.parameter) in unfit:
                     continue
-                items[name] = _same_kind(live.get(name), piece) or _fresh_state(name, owner, piece)
-                state.append((owner.optimizer, owner.parameter, name.rpartition(".")[2], items[name].source))
-        if lines := differences((item.slice for item in items.values()), saved.values()):
-            more = f"\n  and {len(lines) - 20} more" if len(lines) > 20 else ""
-            raise LayoutMismatch(
-                f"the snapshot does not fit the live state; {len(lines)} tensors differ:\n  "
-                + "\n  ".join(lines[:20])
-                + more
-            )
-        return Targets(tuple(items.values()), tuple(state))
+                fitting[name] = _same_kind(live.get(name), piece) or _fresh_state(name, owner, piece)
+                state.append((owner.optimizer, owner.parameter, name.rpartition(".")[2], fitting[name].source))
+        return Targets(tuple(fitting.values()), tuple(state), found, selection.whole)
 
     def install(self, targets: Targets) -> None:
-        """Give every optimizer exactly the tensor state of the snapshot; state it did not have then is dropped."""
-        for optimizer in self.optimizers.values():
-            optimizer.state.clear()
+        """Give optimizers the tensor state of the snapshot; of a whole one exactly that: state it did not have is dropped."""
+        if targets.whole:
+            for optimizer in self.optimizers.values():
+                optimizer.state.clear()
         for optimizer, parameter, key, tensor in targets.state:
             optimizer.state[parameter][key] = tensor
 
@@ -327,8 +367,11 @@ def _copies(members: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Owner:
-    """A parameter that an optimizer trains. ``orphan``: no model owns it, so the optimizer's section holds its value."""
+    """A parameter that an optimizer trains, in group number *group* of the optimizer called *section*. ``orphan``: no model owns
+    it, so the optimizer's section holds its value."""
 
+    section: str
+    group: int
     optimizer: torch.optim.Optimizer
     parameter: torch.Tensor
     name: str
@@ -382,6 +425,11 @@ def _stateful_modules(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         for prefix, module, _ in _walk(model)
         if type(module).get_extra_state is not nn.Module.get_extra_state
     }
+
+
+def _module_name(key: str) -> str:
+    """What the names of a module's tensors begin with, by the key of its extra state."""
+    return "model." + key.replace(":", ".", 1).removeprefix(".")
 
 
 _values = operator.methodcaller("values")
@@ -482,9 +530,9 @@ def _mesh_replicas(tensor: DTensor) -> tuple[int, ...]:
     return ranks if len(ranks) > 1 else ()
 
 
-def _same_kind(item: Item | None, piece: Slice) -> Item | None:
+def _same_kind(item: Item | None, piece: Slice | None) -> Item | None:
     """*item*, if its tensor can take the bytes of *piece*'s."""
-    fits = item is not None and (item.slice.dtype, item.slice.shape) == (piece.dtype, piece.shape)
+    fits = item is not None and piece is not None and (item.slice.dtype, item.slice.shape) == (piece.dtype, piece.shape)
     return item if fits else None
 
 
@@ -543,8 +591,8 @@ def _local(parameter: torch.Tensor) -> torch.Tensor:
 # -- values --------------------------------------------------------------------------------------------------------------
 
 
-def _options(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {"params": len(group["params"]), "options": {k: v for k, v in group.items() if k != "params"}}
+def _options(group: Mapping[str, Any], names: str) -> dict[str, Any]:
+    return {"params": names, "options": {k: v for k, v in group.items() if k != "params"}}
 
 
 def _set_options(group: MutableMapping[str, Any], options: Mapping[str, Any]) -> None:
@@ -579,7 +627,7 @@ def _adapter(extra: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]] | Non
     if isinstance(extra, torch.Generator):
         return extra.get_state, extra.set_state
     if isinstance(extra, random.Random):
-        return lambda: _python_state(extra), lambda state: _set_python_state(extra, state)
+        return lambda: python_state(extra), lambda state: set_python_state(extra, state)
     if isinstance(extra, np.random.RandomState):
         return lambda: extra.get_state(legacy=False), extra.set_state
     if isinstance(extra, np.random.Generator):
@@ -635,37 +683,3 @@ def from_leaf(value: Raw | Tagged) -> object:
     if value.tag == "torch.device" and isinstance(value.value, str):
         return torch.device(value.value)
     raise Corrupt(f"a value of unknown kind {value.tag!r}")
-
-
-# -- random generators ---------------------------------------------------------------------------------------------------
-
-
-def random_state() -> dict[str, Any]:
-    """The state of every global random generator of this process; draws from none of them."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    return {
-        "python": _python_state(random),
-        "numpy": np.random.get_state(legacy=False),
-        "torch": torch.get_rng_state().numpy(),
-        "cuda": cuda,
-    }
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put back what ``random_state`` returned. CUDA devices beyond those that were captured keep their streams."""
-    _set_python_state(random, state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(torch.from_numpy(state["torch"]))
-    if state["cuda"] and torch.cuda.is_available():
-        for device, generator in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
-            torch.cuda.set_rng_state(generator, device)
-
-
-def _python_state(source: Any) -> list[Any]:
-    version, words, gauss = source.getstate()
-    return [version, np.frombuffer(array("I", words), np.uint32), gauss]
-
-
-def _set_python_state(source: Any, state: Sequence[Any]) -> None:
-    version, words, gauss = state
-    source.setstate((version, tuple(words.tolist()), gauss))

@@ -19,8 +19,9 @@ from holdfast.agent.budget import measure
 from holdfast.agent.protocol import Flight
 from holdfast.agent.settings import NodeSettings
 from holdfast.errors import SnapshotLost
+from holdfast.hooks.found import Found, gather_inventories
 from holdfast.hooks.ranks import Alone, Pending, Ranks
-from holdfast.hooks.restore import Found, Restorer, gather_inventories
+from holdfast.hooks.restore import Restorer
 from holdfast.snapshot.capture import Capture, CpuCopier, bind
 from holdfast.snapshot.codec import encode
 from holdfast.snapshot.layout import Layout
@@ -161,7 +162,7 @@ class Copies:
         images = tuple(held for arenas in self.arenas.values() for held in arenas.inventory())
         return Found(images, (), parities, dict.fromkeys(self.arenas, ""))
 
-    def bring(self, request: wire.MaterialiseRequest, timeout_s: float) -> wire.MaterialiseReply:
+    def materialise(self, request: wire.MaterialiseRequest, timeout_s: float) -> wire.MaterialiseReply:
         """As an agent would: from the first source, unverified, else rebuilt; here, its own memory serves as what it made."""
         self.asked.append(request)
         for image in request.images:
@@ -180,8 +181,8 @@ class Copies:
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.zero_()
-        chosen = Restorer(self.state, Alone(), WAIT_S, (), "here", self.bring).newest(found)
-        return chosen.step if chosen else None
+        done = Restorer(self.state, Alone(), WAIT_S, (), "here", self).newest(found)
+        return done[0].step if done else None
 
 
 @pytest.fixture
@@ -235,7 +236,7 @@ def test_what_no_source_can_give_is_not_asked_for_again(copies: Copies, monkeypa
         copies.asked.append(request)
         raise SnapshotLost("all of them are damaged")
 
-    monkeypatch.setattr(copies, "bring", lost)
+    monkeypatch.setattr(copies, "materialise", lost)
     assert copies.restore(copies.found()) == 4
     assert bits_of_models({"": copies.model}) == older
     assert len(copies.asked) == 1

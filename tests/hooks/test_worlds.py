@@ -139,20 +139,6 @@ def test_a_copy_torn_on_one_rank(node: Node) -> None:
     assert ranks[0]["skipped"].get("discarded-elsewhere") == 1
 
 
-def test_another_number_of_ranks(node: Node) -> None:
-    """Until images can be resharded, it is refused, with both numbers; the right number still gets everything back."""
-    taken = run_world(worlds.first_life, 2, node)
-    for world in (1, 4):
-        for rank in run_world(worlds.second_life, world, node):
-            assert rank["step"][0] == "LayoutMismatch", rank["step"]
-            assert "2 ranks" in rank["step"][1]
-            assert f"has {world}" in rank["step"][1]
-            assert rank["unchanged"]
-    back = run_world(worlds.second_life, 2, node)
-    assert [rank["step"] for rank in back] == [3, 3]
-    assert [rank["bits"] for rank in back] == taken
-
-
 def test_a_refusal_on_one_rank_is_heard_on_all(node: Node) -> None:
     told = run_world(worlds.refused_on_one, 2, node)
     assert told[0][0] == "PeerFailed"

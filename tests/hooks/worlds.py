@@ -149,7 +149,7 @@ def build(kind: str, here: Rank, seed: int) -> Trained:
     torch.manual_seed(seed)
     model: nn.Module = Net(normed=kind == "ddp")
     match kind:
-        case "ddp":
+        case "ddp" | "ddp-alike":
             model = nn.parallel.DistributedDataParallel(model)
         case "fsdp2":
             for layer in (model.down, model.odd):
@@ -385,29 +385,6 @@ def torn_on_one(here: Rank) -> dict[str, Any]:
     skipped = dict(ckpt.stats().skipped)
     ckpt.close()
     return {"restored": restored, "same": same, "taken": taken, "skipped": skipped}
-
-
-def first_life(here: Rank) -> Any:
-    """Leaves a snapshot of step 3 behind."""
-    job = build("fsdp2", here, seed=1)
-    with job.attach(here) as ckpt:
-        for step in (1, 2, 3):
-            job.turn()
-            assert sealed(here, ckpt, step)
-        return job.bits()
-
-
-def second_life(here: Rank) -> Any:
-    """What a later life finds: the step, or the kind of error and its message; and the state then."""
-    job = build("fsdp2", here, seed=2)
-    before = job.bits()
-    ckpt = job.attach(here)
-    try:
-        step: Any = ckpt.restore()
-    except HoldfastError as error:
-        step = [type(error).__name__, str(error)]
-    ckpt.close(ended=False)
-    return {"step": step, "bits": job.bits(), "unchanged": job.bits() == before}
 
 
 def refused_on_one(here: Rank) -> Any:

@@ -575,7 +575,7 @@ class World:
     def _begin(self, cells: list[list[Cell]]) -> None:
         """A run begins, as ``Checkpointer.restore`` does it."""
         found = inventory(cells)
-        chosen = plan(found, len(cells)).chosen
+        chosen = plan(found).chosen
         assert self.memory_gone or self.best is None or (chosen is not None and chosen >= self.best)
         self.run_number += 1
         run = (1 + max((held.id.generation for held in found), default=0), f"{self.run_number:032x}")
@@ -784,7 +784,7 @@ class World:
             cells = [self._after_trainer(rank, heard=heard) for rank in self.ranks]
             if cells != as_it_is:
                 self._check_restorable(cells, known)
-        self._note_best(plan(inventory(as_it_is), len(self.ranks)).chosen)
+        self._note_best(plan(inventory(as_it_is)).chosen)
 
     def _note_best(self, best: SnapshotId | None) -> None:
         """What was complete once is given up for something newer only."""
@@ -815,7 +815,7 @@ class World:
         for own in cells:
             for cell in own:
                 assert cell.sealed is None or (cell.content is not None and cell.content.id == cell.sealed.id), "torn"
-        found = plan(inventory(cells), len(cells))
+        found = plan(inventory(cells))
         assert found.loss is None, found.explain()
         if known is not None:
             assert found.chosen is not None, f"{known} is known complete, nothing is left"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from holdfast.errors import Corrupt
-from holdfast.snapshot.layout import ALIGNMENT, ITEM_BYTES, Layout, Slice, differences
+from holdfast.snapshot.layout import ALIGNMENT, ITEM_BYTES, Layout, Slice
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -67,7 +67,6 @@ def test_round_trip(layout: Layout) -> None:
     text = layout.to_text()
     assert Layout.from_text(text) == layout
     assert Layout.from_text(text).to_text() == text
-    assert differences([p.slice for p in layout.placed], [p.slice for p in Layout.from_text(text).placed]) == []
 
 
 @settings(derandomize=True, deadline=None, max_examples=300)

@@ -12,6 +12,7 @@ from holdfast.errors import LayoutMismatch
 from holdfast.snapshot.assembly import assemble
 from holdfast.snapshot.layout import ITEM_BYTES, Layout, Slice
 from holdfast.snapshot.partition import share
+from holdfast.snapshot.regions import box_of, span
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -130,13 +131,15 @@ def test_every_rank_gets_back_what_it_held(world: World) -> None:
         wanted = world.held[rank]
         filled = [np.zeros(box.nbytes, np.int64) - 1 for box in wanted]
         for read in assemble(wanted, layouts, rank):
-            box, first = wanted[read.target], read.first_row * (wanted[read.target].nbytes // wanted[read.target].rows)
-            assert read.nbytes == read.rows * box.nbytes // box.rows > 0
-            assert read.offset + read.nbytes <= layouts[read.rank].values_offset
-            assert (filled[read.target][first : first + read.nbytes] == -1).all(), "a row is filled twice"
-            filled[read.target][first : first + read.nbytes] = images[read.rank][1][
-                read.offset : read.offset + read.nbytes
-            ]
+            into, held = span(read.box, wanted[read.target]), layouts[read.rank].placed[read.index]
+            out = span(read.box, held.slice)
+            assert into.dense  # shares are cut by rows
+            assert out.dense
+            assert into.nbytes == out.nbytes > 0
+            assert held.offset + out.offset + out.nbytes <= layouts[read.rank].values_offset
+            target = filled[read.target][into.offset : into.offset + into.nbytes]
+            assert (target == -1).all(), "a row is filled twice"
+            target[:] = images[read.rank][1][held.offset + out.offset :][: out.nbytes]
         for box, found in zip(wanted, filled, strict=True):
             np.testing.assert_array_equal(found, contents(box, rank))
 
@@ -151,12 +154,12 @@ def test_without_an_image_that_is_needed_nothing_is_made_up(world: World, data: 
         try:
             reads = assemble(world.held[rank], layouts, rank)
         except LayoutMismatch as error:
-            assert any(f"{box.name}: rows" in str(error) for box in world.held[rank])  # noqa: PT017 - or it succeeds
+            assert any(f"{box.name}: [" in str(error) for box in world.held[rank])  # noqa: PT017 - or it succeeds
             continue
-        rows = Counter[int]()
+        volumes = Counter[int]()
         for read in reads:
-            rows[read.target] += read.rows
-        assert [rows[i] for i in range(len(world.held[rank]))] == [b.rows if b.nbytes else 0 for b in world.held[rank]]
+            volumes[read.target] += read.box.volume
+        assert [volumes[i] for i in range(len(world.held[rank]))] == [box_of(b).volume for b in world.held[rank]]
 
 
 def test_two_shares_may_differ_by_more_than_one_row() -> None:

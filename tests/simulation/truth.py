@@ -148,7 +148,7 @@ class Truth:
 
     def restoring(self, job: Job) -> Plan:
         """What a starting job finds: checked before anybody acts on it."""
-        found = recovery.plan(job.found, job.size, parities=job.parities)
+        found = recovery.plan(job.found, parities=job.parities)
         self._verify(found, job.memories, job.parities)
         promise = self.promise
         if promise is not None and all(_budget(circle) >= 0 for circle in promise.circles):
@@ -236,9 +236,8 @@ class Truth:
         """Plan a restore from the memories that are not in *lost*."""
         self.asked += 1
         left = [memory for memory in self.world.memories if not memory.lost and not memory.bit & lost]
-        size = self.world.size
         parities = [parity for memory in left for parity in memory.held_parities()]
-        found = recovery.plan([held for memory in left for held in memory.held()], size, parities=parities)
+        found = recovery.plan([held for memory in left for held in memory.held()], parities=parities)
         self._verify(found, left, parities)
         if promised is not None:
             names = [memory.name for memory in self.world.memories if memory.bit & lost and not memory.lost]

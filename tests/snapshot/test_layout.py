@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from holdfast.errors import Corrupt
-from holdfast.snapshot.layout import ALIGNMENT, ITEM_BYTES, Layout, Placed, Slice, align, differences
+from holdfast.snapshot.layout import ALIGNMENT, ITEM_BYTES, Layout, Placed, Slice, align
 
 WEIGHT = Slice("weight", "float32", (5, 3), (2, 0), (3, 3), "cuda", (0, 2))
 SCALE = Slice("scale", "bfloat16", (), (), ())
@@ -213,25 +213,6 @@ def test_text_that_only_resembles_a_layout(text: bytes) -> None:
     """``Corrupt`` for anything that ``to_text`` cannot have written, as its docstring says."""
     with pytest.raises(Corrupt):
         Layout.from_text(text)
-
-
-def test_differences_name_every_tensor() -> None:
-    live = [Slice("a", "float32", (2,), (0,), (2,)), Slice("b", "float32", (2,), (0,), (2,)),
-            Slice("c", "float32", (2,), (0,), (2,))]  # fmt: skip
-    held = [Slice("b", "float64", (2,), (0,), (2,)), Slice("c", "float32", (2, 1), (0, 0), (2, 1)),
-            Slice("d", "float32", (2,), (0,), (2,))]  # fmt: skip
-    assert differences(live, held) == [
-        "a: in the live state, not in the snapshot",
-        "b: float32[2] live, float64[2] in the snapshot",
-        "c: float32[2] live, float32[2, 1] in the snapshot",
-        "d: in the snapshot, not in the live state",
-    ]
-
-
-def test_cuts_are_no_difference() -> None:
-    whole = Slice("a", "float32", (4,), (0,), (4,))
-    assert differences([whole], [whole.narrowed(0, 1), whole.narrowed(1, 3)]) == []
-    assert differences([], []) == []
 
 
 def test_placed_end() -> None:

@@ -1,0 +1,257 @@
+"""The images of one snapshot, as a restore reads them: mapped where they lie on this node, else brought by its agent.
+
+An agent brings a whole image into a slot where this rank goes on from it; of any other image, just the byte ranges that are
+needed, into two windows of shared memory: while one is emptied into the live tensors, the other is filled.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..agent import wire_pb2 as wire
+from ..agent.client import wire_id
+from ..agent.inventory import parity_source
+from ..errors import SnapshotLost
+from ..snapshot.arena import Slot
+from ..snapshot.layout import Layout, align
+from ..snapshot.live import Part, Source, SourceImage
+from ..snapshot.record import SnapshotId
+from ..snapshot.recovery import Held, Plan
+from .found import Found
+
+_log = logging.getLogger(__name__)
+WINDOW_BYTES: Final = 64 << 20
+_PIECE_BYTES: Final = WINDOW_BYTES // 8  # so that windows are filled well
+_NEAR_BYTES: Final = 4096  # what lies so close together is asked for as one range
+_RANGES: Final = 1024  # in one request
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class Agent(Protocol):
+    """What this node's agent does for a restore (``Holding``). Each raises ``SnapshotLost`` where nobody has the image."""
+
+    def materialise(self, request: wire.MaterialiseRequest, timeout_s: float) -> wire.MaterialiseReply:
+        """Have an image in a slot of this node."""
+        ...
+
+    def describe_image(self, request: wire.MaterialiseRequest, timeout_s: float) -> wire.Description:
+        """Say how an image is laid out."""
+        ...
+
+    def read_ranges(self, request: wire.ReadRequest, timeout_s: float) -> wire.ReadReply:
+        """Have byte ranges of an image in a window."""
+        ...
+
+
+@dataclass(slots=True)
+class _Batch:
+    """What one request brings: disjoint ranges in their order, and the parts to be filled, each with its place in the window."""
+
+    ranges: list[tuple[int, int]] = field(default_factory=list)
+    parts: list[tuple[Part, int]] = field(default_factory=list)
+    nbytes: int = 0
+
+    def takes(self, part: Part, end: int) -> bool:
+        """Add *part* if it fits; *end* is that of the image. Parts come in the order of their first bytes."""
+        first = part.placed.offset + part.span.offset
+        low, high = first // 64 * 64, min(align(first + part.span.nbytes), end)
+        if self.ranges and low <= self.ranges[-1][1] + _NEAR_BYTES:
+            start, stop = self.ranges[-1]
+            grown = max(high - stop, 0)
+            if self.nbytes + grown > WINDOW_BYTES:
+                return False
+            self.ranges[-1] = start, max(stop, high)
+        else:
+            start, grown = low, high - low
+            if self.ranges and (self.nbytes + grown > WINDOW_BYTES or len(self.ranges) == _RANGES):
+                return False
+            self.ranges.append((low, high))
+        self.nbytes += grown
+        self.parts.append((part, self.nbytes - (self.ranges[-1][1] - start) + first - start))
+        return True
+
+
+def batches(parts: Sequence[Part], image_bytes: int) -> Iterator[_Batch]:
+    """The requests that bring all of *parts*, none of which is longer than a window."""
+    batch = _Batch()
+    for part in sorted(parts, key=lambda part: part.placed.offset + part.span.offset):
+        if not batch.takes(part, image_bytes):
+            yield batch
+            batch = _Batch()
+            batch.takes(part, image_bytes)
+    if batch.parts:
+        yield batch
+
+
+class Windows:
+    """The shared memory in which the agent lays what this rank asks for; mapped once.
+
+    Attributes:
+        pulled_bytes: what came from other nodes.
+    """
+
+    def __init__(self, agent: Agent, reader: int, timeout_s: float) -> None:
+        """*reader*: this rank."""
+        self.pulled_bytes = 0
+        self._agent = agent
+        self._reader = reader
+        self._timeout_s = timeout_s
+        self._maps: dict[str, mmap.mmap] = {}
+
+    def read(self, image: wire.MaterialiseRequest, ranges: Sequence[tuple[int, int]], window: int) -> Bytes:
+        """The bytes of these (start, end) ranges, one after the other; theirs until the same window is asked for again."""
+        request = wire.ReadRequest(
+            image=image,
+            ranges=[wire.Range(offset=start, nbytes=end - start) for start, end in ranges],
+            window=window,
+            reader=self._reader,
+        )
+        reply = self._agent.read_ranges(request, self._timeout_s)
+        self.pulled_bytes += reply.pulled_bytes
+        nbytes = sum(end - start for start, end in ranges)
+        if reply.path not in self._maps or len(self._maps[reply.path]) < nbytes:  # the agent may have made a larger one
+            with open(reply.path, "r+b") as file:
+                self._maps[reply.path] = mmap.mmap(file.fileno(), 0)
+        return np.frombuffer(self._maps[reply.path], np.uint8, nbytes)
+
+    def close(self) -> None:
+        """Have the agent take the windows back."""
+        if self._maps:
+            self._maps.clear()
+            self._agent.read_ranges(wire.ReadRequest(reader=self._reader), self._timeout_s)
+
+
+class RangedImage:
+    """An image that is not on this node; what is needed of it comes through windows, verified by the agent (``Source``)."""
+
+    def __init__(self, layout: Layout, nbytes: int, request: wire.MaterialiseRequest, windows: Windows) -> None:
+        self.layout = layout
+        self.nbytes = nbytes
+        self._request = request
+        self._windows = windows
+
+    def fill(self, parts: Sequence[Part], pool: Executor) -> None:
+        """As ``Source.fill``."""
+        todo = list(batches([small for part in parts for small in part.cut(_PIECE_BYTES)], self.nbytes))
+        with ThreadPoolExecutor(1, "holdfast-windows") as ahead:
+            coming = [ahead.submit(self._windows.read, self._request, b.ranges, i % 2) for i, b in enumerate(todo[:2])]
+            for number, batch in enumerate(todo):
+                found = coming[number].result()
+                list(
+                    pool.map(
+                        lambda its, found=found: its[0].copy_from(found[its[1] : its[1] + its[0].span.nbytes]),
+                        batch.parts,
+                    )
+                )
+                if number + 2 < len(todo):
+                    following = todo[number + 2].ranges
+                    coming.append(ahead.submit(self._windows.read, self._request, following, number % 2))
+
+    def values(self) -> Bytes:
+        """The encoded values."""
+        out = np.empty(self.nbytes - self.layout.values_offset, np.uint8)
+        for at in range(0, out.nbytes, WINDOW_BYTES):
+            start = self.layout.values_offset + at
+            nbytes = min(WINDOW_BYTES, out.nbytes - at)
+            out[at : at + nbytes] = self._windows.read(self._request, [(start, start + nbytes)], 0)[:nbytes]
+        return out
+
+    def close(self) -> None:
+        """Nothing is held between reads."""
+
+
+class Images:
+    """Opens the images of the snapshot that *decision* chose, for one rank."""
+
+    def __init__(
+        self,
+        decision: Plan,
+        found: Found,
+        here: str,
+        agent: Agent | None,
+        windows: Windows | None,
+        mapped: Mapping[str, Slot],
+        unread: frozenset[tuple[SnapshotId, int, int]],
+        timeout_s: float,
+    ) -> None:
+        """*here*: the agent of this node; without one, every copy is taken to be on this node. *mapped*: slots by their paths.
+        *unread*: (snapshot, rank, tier) of images that could not be read there."""
+        assert decision.chosen is not None
+        self._id = decision.chosen
+        self._decision = decision
+        self._found = found
+        self._here = here
+        self._agent = agent
+        self._windows = windows
+        self._mapped = mapped
+        self._unread = unread
+        self._timeout_s = timeout_s
+
+    @property
+    def world(self) -> int:
+        """How many images there are."""
+        return self._decision.world
+
+    def copy_here(self, rank: int) -> Held | None:
+        """The copy of that rank's image on this node, if there is one."""
+        copies = [image for image in self._found.images if (image.id, image.rank) == (self._id, rank)]
+        return next((image for image in copies if self._agent is None or image.agent == self._here), None)
+
+    def mapped(self, rank: int) -> SourceImage:
+        """That rank's image in a slot of this node, brought there if it is not. Raises ``SnapshotLost``, ``Corrupt``."""
+        here = self.copy_here(rank)
+        path = here.path if here is not None else self._brought(rank)
+        return SourceImage(path, rank, self._id, self._mapped.get(path))
+
+    def ranged(self, rank: int, described: tuple[Layout, int] | None = None) -> Source:
+        """That rank's image as it lies here, or in ranges. *described*: its layout and length, if these are known."""
+        if self.copy_here(rank) is not None or self._windows is None or self._agent is None:
+            return self.mapped(rank)
+        request = self.request(rank)
+        if described is None:
+            told = self._agent.describe_image(request, self._timeout_s)
+            described = Layout.from_text(told.layout), told.image_bytes
+        return RangedImage(*described, request, self._windows)
+
+    def nearest(self, rank: int, agents: Sequence[str]) -> int:
+        """Which rank looks at that image for all: one on a node that has it, if there is any. *agents*: of each rank."""
+        there = {image.agent for image in self._found.images if (image.id, image.rank) == (self._id, rank)}
+        near = [r for r, agent in enumerate(agents) if agent in there] or range(len(agents) or 1)
+        return near[rank % len(near)]
+
+    def _brought(self, rank: int) -> str:
+        """Where the image lies on this node, now that its agent has brought it. Raises ``SnapshotLost``."""
+        if self._agent is None:
+            raise SnapshotLost(f"the image of {self._id} of rank {rank} is not on this node")
+        reply = self._agent.materialise(self.request(rank), self._timeout_s)
+        _log.info("%s of rank %d: %s", self._id, rank, reply.how)
+        return reply.path
+
+    def request(self, rank: int) -> wire.MaterialiseRequest:
+        """What the agent must know to bring that rank's image: everybody who has it, or can compute it."""
+        found, id = self._found, self._id
+        return wire.MaterialiseRequest(
+            id=wire_id(id),
+            rank=rank,
+            world=self._decision.world,
+            images=[
+                wire.Source(rank=i.rank, agent=i.agent, address=found.addresses[i.agent], checks_crc=i.checks_crc)
+                for i in found.images
+                if i.id == id
+            ],
+            parities=[parity_source(p, found.addresses[p.agent]) for p in found.parities if p.id == id],
+            tiers=[
+                wire.TierSource(tier=part.tier, agent=part.agent, address=found.addresses[part.agent])
+                for part in found.stored
+                if part.id == id and part.holds(rank) and (id, rank, part.tier) not in self._unread
+            ],
+        )

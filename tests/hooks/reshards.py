@@ -1,0 +1,67 @@
+"""Jobs that come back with other ranks, meshes or parallel layouts: what runs in a rank."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from holdfast.errors import HoldfastError
+from holdfast.snapshot.state import TrainingState
+from holdfast.tests.hooks.worlds import Rank, Trained, build, sealed
+from torch.distributed.tensor import DTensor
+
+
+def tensors(job: Trained) -> dict[str, str]:
+    """A digest of each global tensor of the state, however it is cut. Collective."""
+    items = TrainingState({"": job.model}, {"": job.optimizer}, {}).survey().items
+    whole = {i.slice.name: i.source.full_tensor() if isinstance(i.source, DTensor) else i.source for i in items}
+    return {name: hashlib.sha256(t.detach().numpy().tobytes()).hexdigest() for name, t in whole.items()}
+
+
+def draws() -> list[float]:
+    """What each global generator gives next."""
+    return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+
+def leave(here: Rank) -> dict[str, Any]:
+    """Trains as *said*, and leaves a snapshot of step 3 behind."""
+    job = build(here.said["kind"], here, seed=1)
+    job.extras = {"loader": {"rank": here.rank, "position": 7}}
+    with job.attach(here, **here.said.get("options", {})) as ckpt:
+        for step in (1, 2, 3):
+            job.turn()
+            assert sealed(here, ckpt, step)
+        found = {"tensors": tensors(job), "lr": job.optimizer.param_groups[0]["lr"]}
+        return {**found, "draws": draws()}
+
+
+def come_back(here: Rank) -> dict[str, Any]:
+    """Comes back as *said*; and, if that works, trains on, takes a snapshot, and comes back to that."""
+    job = build(here.said["kind"], here, seed=2)
+    job.optimizer.param_groups[0]["lr"] = 0.5
+    job.extras = {"loader": {}}
+    ckpt = job.attach(here, **here.said.get("options", {}))
+    try:
+        step: Any = ckpt.restore()
+    except HoldfastError as error:
+        ckpt.close(ended=False)
+        return {"step": [type(error).__name__, str(error)]}
+    found: dict[str, Any] = {"step": step, "tensors": tensors(job), "draws": draws(), "loader": job.extras["loader"]}
+    restored = ckpt.stats().restored
+    found["restored"] = None if restored is None else asdict(restored)
+    found["lr"] = job.optimizer.param_groups[0]["lr"]
+    for number in (step + 1, step + 2):
+        job.turn()
+        assert sealed(here, ckpt, number), ckpt.stats().skipped
+    wanted = job.bits()
+    ckpt.close(ended=False)
+    again = build(here.said["kind"], here, seed=3)
+    again.extras = {"loader": {}}
+    with again.attach(here, **here.said.get("options", {})) as ckpt:
+        found["again"] = ckpt.restore()
+        found["same"] = again.bits() == wanted
+    return found
