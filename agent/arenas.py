@@ -21,8 +21,8 @@ import numpy.typing as npt
 from ..crashpoints import reach
 from ..erasure.kernel import crc32c
 from ..errors import BudgetExceeded, ConfigError, Corrupt, SnapshotUnknown
-from ..snapshot.arena import Place, Slot, place_for, scan
-from ..snapshot.layout import Layout
+from ..snapshot.arena import Place, Slot, Window, place_for, scan
+from ..snapshot.layout import Layout, align
 from ..snapshot.record import OPEN_WORD, Record, SnapshotId, block_bytes_for, new_nonce
 from ..snapshot.recovery import Held
 from .budget import Memory
@@ -33,6 +33,7 @@ from .settings import NodeSettings, job_hash
 from .tasks import to_the_end
 
 _log = logging.getLogger(__name__)
+_WINDOW_STEP = 1 << 20  # windows are multiples of this: they seldom have to grow
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,7 @@ class Arenas:
         self._memory = memory
         self._slots: dict[tuple[int, int], Slot] = {}
         self._cells: dict[tuple[int, int], Slot] = {}  # by lane and index
+        self._windows: dict[tuple[int, int], Window] = {}  # by reader and index
         self._named: dict[
             tuple[int, int], tuple[int, int, int]
         ] = {}  # by lane and index: nonce, key and me of its table
@@ -90,7 +92,8 @@ class Arenas:
     # -- finding and making slots ------------------------------------------------------------------------------------
 
     def adopt(self) -> list[Record]:
-        """Map what lies in the folder already; returns the sealed records found. Foreign files are left alone."""
+        """Map what lies in the folder already; returns the sealed records found. Foreign files are left alone, windows of the
+        agent before are removed."""
         places, self.foreign = scan(self._settings.shm)
         for place in places:
             slot = Slot.open(place)
@@ -192,15 +195,19 @@ class Arenas:
         new = sum(place.file_bytes for place in missing)
         old = (self._mapped(place).get((place.rank, place.index)) for place in missing)
         freed = sum(slot.place.file_bytes for slot in old if slot is not None)
-        if new <= freed:
+        self._check_room(new - freed)
+
+    def _check_room(self, more_bytes: int) -> None:
+        """Raise ``BudgetExceeded`` if so much more cannot be had."""
+        if more_bytes <= 0:
             return
-        after = self.reserved_bytes - freed + new
+        after = self.reserved_bytes + more_bytes
         if self._limit_bytes is not None and after > self._limit_bytes:
             raise BudgetExceeded(
                 f"snapshots on this node would take {after} bytes of memory, {self._limit_bytes} are allowed "
                 f"(--memory-limit of holdfast agent, HOLDFAST_MEMORY_LIMIT)"
             )
-        self._memory(self._settings.shm).check(new - freed)
+        self._memory(self._settings.shm).check(more_bytes)
 
     # -- sealing -----------------------------------------------------------------------------------------------------
 
@@ -497,12 +504,45 @@ class Arenas:
         """Shared memory taken by cells."""
         return sum(slot.place.file_bytes for slot in list(self._cells.values()))
 
+    # -- windows -----------------------------------------------------------------------------------------------------
+
+    def window(self, reader: int, index: int, nbytes: int) -> Window:
+        """A window of *reader*, of that many bytes at least. Called in a worker thread. Raises ``BudgetExceeded``."""
+        size = max(align(nbytes, _WINDOW_STEP), _WINDOW_STEP)
+        with self._making:
+            old = self._windows.get((reader, index))
+            if old is not None and old.in_place and old.bytes.nbytes >= nbytes:
+                return old
+            self._check_room(size - (old.bytes.nbytes if old is not None else 0))
+            self._close_window(reader, index)
+            window = self._windows[reader, index] = Window.create(self._settings.shm, reader, index, size)
+            return window
+
+    def close_windows(self, reader: int) -> None:
+        """Give back the memory of all windows of *reader*."""
+        with self._making:
+            for its, index in list(self._windows):
+                if its == reader:
+                    self._close_window(its, index)
+
+    def _close_all_windows(self) -> None:
+        for reader in {reader for reader, _ in self._windows}:
+            self.close_windows(reader)
+
+    def _close_window(self, reader: int, index: int) -> None:
+        window = self._windows.pop((reader, index), None)
+        if window is not None:
+            if window.in_place:
+                Path(window.path).unlink(missing_ok=True)
+            window.close()
+
     # -- reading -----------------------------------------------------------------------------------------------------
 
     @property
     def reserved_bytes(self) -> int:
-        """Shared memory taken by all slots and cells."""
-        return sum(slot.place.file_bytes for slot in self._all())
+        """Shared memory taken by all slots, cells and windows."""
+        windows = sum(window.bytes.nbytes for window in list(self._windows.values()))
+        return sum(slot.place.file_bytes for slot in self._all()) + windows
 
     @property
     def limit_bytes(self) -> int | None:
@@ -537,6 +577,7 @@ class Arenas:
 
     def remove(self) -> None:
         """Give all memory back; what was held is gone."""
+        self._close_all_windows()
         for slot in self._all():
             Path(slot.place.path).unlink(missing_ok=True)
             slot.close()
@@ -544,8 +585,9 @@ class Arenas:
         self._cells.clear()
 
     def close(self) -> None:
-        """Unmap everything; the slots stay for the next agent."""
+        """Unmap everything; the slots stay for the next agent, windows do not."""
         self._pool.shutdown(wait=True)
+        self._close_all_windows()
         for slot in self._all():
             slot.close()
         self._slots.clear()

@@ -28,6 +28,9 @@ _log = logging.getLogger(__name__)
 SERVICE: Final = "holdfast.v1.Agent"
 MESSAGE_BYTES: Final = 64 << 20  # layouts of tens of thousands of tensors fit; nothing bulky travels here
 LAYOUT_BYTES_LIMIT: Final = 48 << 20  # it travels in one message, with the checksums of an image of up to 16 TiB
+WINDOW_BYTES: Final = 64 << 20  # most that one ``Read`` lays out
+WINDOW_RANGES: Final = 1 << 16  # and the most ranges that it may ask for
+WINDOWS: Final = 2  # of each reader: one is read while the other is filled
 CHANNEL_OPTIONS: Final = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
     ("grpc.max_send_message_length", MESSAGE_BYTES),
@@ -69,6 +72,14 @@ class AgentClient:
     def materialise(self, request: wire.MaterialiseRequest, timeout_s: float) -> wire.MaterialiseReply:
         """Have an image in this node's memory. Raises ``SnapshotLost``."""
         return self._ask("Materialise", request, wire.MaterialiseReply, timeout_s)
+
+    def describe_image(self, request: wire.MaterialiseRequest, timeout_s: float) -> wire.Description:
+        """The layout of an image, wherever it lies. Raises ``SnapshotLost``."""
+        return self._ask("Describe", request, wire.Description, timeout_s)
+
+    def read_ranges(self, request: wire.ReadRequest, timeout_s: float) -> wire.ReadReply:
+        """Have ranges of an image in a window. Raises ``SnapshotLost``, ``BudgetExceeded``, ``ConfigError``."""
+        return self._ask("Read", request, wire.ReadReply, timeout_s)
 
     def stored(self, timeout_s: float) -> wire.TierList:
         """What lies in the tiers that the agent knows."""

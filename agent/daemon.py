@@ -106,8 +106,9 @@ async def _serve(settings: NodeSettings, options: DaemonOptions, version: str, l
     tls = options.trust.server_context() if options.trust else None
     bulk = BulkServer(host.strip("[]"), 0, tls, pace, limits=Limits(connections=_STREAMS_OUT))
     peers = Peers(settings.job, options.name, options.trust)
+    tiers = service.spiller.tiers
     protector = Protector(
-        options.name, settings.job, arenas, bulk, peers, options.trust, service.tell, service.spiller.tiers.load
+        options.name, settings.job, arenas, bulk, peers, options.trust, service.tell, tiers.load, tiers.origin
     )
     service.protector = protector
     clock = asyncio.create_task(protector.keep_time())

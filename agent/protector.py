@@ -35,11 +35,13 @@ from .guard import (
     TellUnguarded,
 )
 from .manifest import CellTable, Manifest
+from .origins import Origins
 from .peers import Peers
 from .rebuild import Load, Rebuilder
 from .settings import job_hash
 from .tasks import ended, to_the_end
 from .trust import Trust
+from .windows import OpenTiers, Windows
 
 _log = logging.getLogger(__name__)
 _TICK_S: Final = 0.1
@@ -65,8 +67,10 @@ class Protector:
         trust: Trust | None,
         tell: Callable[[wire.FromAgent], None],
         load: Load,
+        open_tiers: OpenTiers,
     ) -> None:
-        """*tell* says something to all trainers of this node that are there; *load* reads an image from a tier."""
+        """*tell* says something to all trainers of this node that are there; *load* reads an image from a tier, *open_tiers*
+        opens one there to be read in parts."""
         self._name = name
         self._job = job
         self._arenas = arenas
@@ -75,6 +79,8 @@ class Protector:
         self._tls = trust.client_context() if trust is not None else None
         self._tell = tell
         self._load = load
+        self._origins = Origins(name, arenas, peers, self._open, self._combine)
+        self.windows = Windows(name, arenas, peers, self._origins, open_tiers)
         self._guard = Guard()
         self._roster: tuple[bytes, wire.Rostered] | None = None
         self._addresses: tuple[str, ...] = ()
@@ -107,6 +113,7 @@ class Protector:
         for task in work:
             task.cancel()
         await ended(work)
+        await self.windows.forget()
         await asyncio.to_thread(self._pool.shutdown, wait=True)
 
     async def keep_time(self) -> None:
@@ -143,6 +150,7 @@ class Protector:
         self._materialising.clear()
         self._bringing.clear()
         self._materialised.clear()
+        await self.windows.forget()
         self._measured = None
         ranks = next(tuple(peer.ranks) for peer in roster.peers if peer.agent == self._name)
         self._ranks = ()  # until the guard is of this run: a late word on the last one says nothing of what may go
@@ -567,7 +575,7 @@ class Protector:
             said = request.SerializeToString(deterministic=True)
             if (before := self._materialised.get(what)) is not None and before[0] == said:
                 return before[1]
-            rebuilder = Rebuilder(self._name, self._arenas, self._peers, self._open, self._combine, self._load)
+            rebuilder = Rebuilder(self._name, self._arenas, self._peers, self._origins, self._load)
             done = await rebuilder.run(request)
             here = self._arenas.image(request.rank, what[0])
             record = here.sealed_record() if here is not None else None

@@ -1,6 +1,5 @@
-"""Having an image on this node: as it is here, fetched from another agent, or computed from its group; always verified.
-
-Whatever proves damaged on the way is an erasure: what was to come from there is computed from other members instead.
+"""Having an image in a slot of this node: as it is here, fetched from another agent, computed from its group, or read from a
+tier; always verified.
 """
 
 from __future__ import annotations
@@ -8,32 +7,26 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 import numpy as np
 
 from ..crashpoints import reach
-from ..erasure.stripes import Geometry, Kind, Term, rebuild_terms
 from ..errors import BudgetExceeded, Corrupt, HoldfastError, Remedy, SnapshotLost
 from ..snapshot.arena import Slot
-from ..snapshot.record import Record, SnapshotId
+from ..snapshot.record import SnapshotId
 from . import wire_pb2 as wire
 from .arenas import Arenas
-from .bulk import Stream
-from .client import id_of, wire_id
-from .combine import Outcome, Source, SourceFailed, Where
-from .manifest import CellTable, Manifest
+from .client import id_of
+from .origins import Blockwise, Origins, passing
 from .peers import Peers
+from .ranges import Span
 
 _log = logging.getLogger(__name__)
 _PAUSES_S: Final = (0.2, 1.0, 3.0)  # before trying again what did not work for a passing reason
 
-Ranges = Sequence[tuple[int, int]]
-Combine = Callable[[Any, int, Sequence[Term], dict[Where, Source], Ranges | None], Awaitable[Outcome]]
-Open = Callable[[str, wire.GrantRequest, Sequence[tuple[int, int]]], Awaitable[Stream]]
+Result = TypeVar("Result")
 Way = Callable[[], Awaitable[wire.MaterialiseReply]]
 
 
@@ -47,34 +40,54 @@ class Load(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Group:
-    """A group that can compute an image: what one of its cells says, and what of it can still be had."""
+class Troubles:
+    """Why an image cannot be had, source by source."""
 
-    table: CellTable
-    lost: int  # index of the member whose image is wanted
-    sources: dict[Where, Source]
+    def __init__(self, request: wire.MaterialiseRequest) -> None:
+        self._what = f"the image of {id_of(request.id)} of rank {request.rank}"
+        self._reasons: list[str] = []
+        self._passing: HoldfastError | None = None  # what may be otherwise next time, or with more memory
 
-    @property
-    def geometry(self) -> Geometry:
-        return Geometry.of(self.table.lengths, self.table.tolerance, self.table.unit)
+    def note(self, source: str, error: Exception) -> None:
+        """That source could not serve."""
+        self._reasons.append(f"{source}: {error}")
+        if isinstance(error, BudgetExceeded):
+            self._passing = error
+        self._passing = passing(error) or self._passing
 
-    def terms(self, without: set[Where], start: int = 0, end: int | None = None) -> list[Term]:
-        """What computes that range of the image. Raises ``Unrecoverable``."""
-        having = self.sources.keys() - without
-        images = [i for i, manifest in enumerate(self.table.manifests) if manifest is None]
-        images += [member for member, kind in having if kind is Kind.IMAGE]
-        parities = [member for member, kind in having if kind is Kind.PARITY]
-        return rebuild_terms(self.geometry, self.table.lengths, self.lost, images, parities, start, end)
+    def error(self) -> HoldfastError:
+        """What to raise: what may pass, if anything may; else it is lost."""
+        if self._passing is not None:
+            return self._passing
+        return SnapshotLost(f"{self._what} cannot be had: {'; '.join(self._reasons) or 'no source'}")
 
 
-@dataclass(frozen=True, slots=True)
-class _Range:
-    """Bytes ``start .. end-1`` of an image, which are to be computed without some sources: these are damaged there."""
+async def persistently(what: str, attempt: Callable[[], Awaitable[Result]]) -> Result:
+    """The result of *attempt*, which is tried again while it fails for reasons that may pass."""
+    for pause_s in _PAUSES_S:
+        try:
+            return await attempt()
+        except HoldfastError as error:
+            if error.remedy is not Remedy.RETRY:
+                raise
+            _log.warning("%s: %s; trying again", what, error)
+            await asyncio.sleep(pause_s)
+    return await attempt()
 
-    start: int
-    end: int
-    without: frozenset[Where] = frozenset()
+
+def by_agent(request: wire.MaterialiseRequest, name: str) -> Iterator[tuple[str, list[wire.TierSource]]]:
+    """The tiers that each agent can read the image from: agent *name* first, then those that have it in the nearest."""
+    nearest = sorted(request.tiers, key=lambda tier: (tier.agent != name, tier.tier))
+    for agent in dict.fromkeys(tier.agent for tier in nearest):
+        yield agent, [tier for tier in request.tiers if tier.agent == agent]
+
+
+async def brought(peers: Peers, request: wire.MaterialiseRequest, tiers: list[wire.TierSource]) -> wire.Source:
+    """Have the agent of these tiers read the image into its memory; where it can be fetched from then."""
+    first = tiers[0]
+    ask = wire.MaterialiseRequest(id=request.id, rank=request.rank, world=request.world, tiers=tiers)
+    there = await peers.bring(first.address, ask)
+    return wire.Source(rank=request.rank, agent=first.agent, address=first.address, checks_crc=there.checks_crc)
 
 
 class Rebuilder:
@@ -84,12 +97,11 @@ class Rebuilder:
         repaired: damaged blocks of an image that was here, and tables, put right in their place.
     """
 
-    def __init__(self, name: str, arenas: Arenas, peers: Peers, opened: Open, combine: Combine, load: Load) -> None:
+    def __init__(self, name: str, arenas: Arenas, peers: Peers, origins: Origins, load: Load) -> None:
         self._name = name
         self._arenas = arenas
         self._peers = peers
-        self._open = opened
-        self._combine = combine
+        self._origins = origins
         self._load = load
         self.repaired = 0
 
@@ -100,127 +112,68 @@ class Rebuilder:
             SnapshotLost: it cannot be had, however often one tries.
             AgentUnreachable, DeadlinePassed, BudgetExceeded, …: what stood in the way may be over at the next try.
         """
-        for pause_s in _PAUSES_S:
-            try:
-                return await self._try(request)
-            except HoldfastError as error:
-                if error.remedy is not Remedy.RETRY:
-                    raise
-                _log.warning("bringing the image of rank %d: %s; trying again", request.rank, error)
-                await asyncio.sleep(pause_s)
-        return await self._try(request)
+        return await persistently(f"bringing the image of rank {request.rank}", partial(self._try, request))
 
     async def _try(self, request: wire.MaterialiseRequest) -> wire.MaterialiseReply:
-        id = id_of(request.id)
-        here = self._arenas.image(request.rank, id)
-        if here is not None and any(i.rank == request.rank and i.agent == self._name for i in request.images):
+        here = self._origins.here(request)
+        if here is not None:
             return wire.MaterialiseReply(path=here.place.path, how="held here")
-        reasons: list[str] = []
-        passing: HoldfastError | None = None  # what may be otherwise next time
-        for what, attempt in self._ways(id, request):
+        troubles = Troubles(request)
+        for what, attempt in self._ways(request):
             try:
                 return await attempt()
             except BudgetExceeded:
                 raise
             except (HoldfastError, ValueError) as error:  # ``Unrecoverable``; or a table that makes no sense
-                reasons.append(f"{what}: {error}")
-                passing = _passing(error) or passing
-        if passing is not None:
-            raise passing
-        raise SnapshotLost(
-            f"the image of {id} of rank {request.rank} cannot be had: {'; '.join(reasons) or 'no source'}"
-        )
+                troubles.note(what, error)
+        raise troubles.error()
 
-    def _ways(self, id: SnapshotId, request: wire.MaterialiseRequest) -> Iterator[tuple[str, Way]]:
+    def _ways(self, request: wire.MaterialiseRequest) -> Iterator[tuple[str, Way]]:
         """All ways to have the image here, the nearest first, each with its name."""
-        for image in request.images:
-            if image.rank == request.rank and image.agent != self._name:
-                yield f"fetching from {image.agent}", partial(self._fetch, id, image)
-        # Between two groupings there may be parity of both, and of one of them too little.
-        for key in dict.fromkeys(p.parity.key for p in request.parities if request.rank in p.parity.ranks):
-            yield "rebuilding", partial(self._rebuild, id, request, key)
-        nearest = sorted(request.tiers, key=lambda tier: (tier.agent != self._name, tier.tier))
-        for agent in dict.fromkeys(tier.agent for tier in nearest):
-            yield f"reading what agent {agent} finds in its tiers", partial(self._from_tiers, id, request, agent)
+        for what, opened in self._origins.ways(request):
+            yield what, partial(self._have, opened)
+        for agent, tiers in by_agent(request, self._name):
+            yield f"reading what agent {agent} finds in its tiers", partial(self._from_tiers, request, agent, tiers)
 
-    # -- tiers -------------------------------------------------------------------------------------------------------
-
-    async def _from_tiers(self, id: SnapshotId, request: wire.MaterialiseRequest, agent: str) -> wire.MaterialiseReply:
+    async def _from_tiers(
+        self, request: wire.MaterialiseRequest, agent: str, tiers: list[wire.TierSource]
+    ) -> wire.MaterialiseReply:
         """Read the image here; or, from a tier of another node, have its agent read it, and fetch it from there."""
-        mine = [tier for tier in request.tiers if tier.agent == agent]
         if agent == self._name:
-            return await self._load(id, request.rank, request.world, [tier.tier for tier in mine])
-        ask = wire.MaterialiseRequest(id=request.id, rank=request.rank, world=request.world, tiers=mine)
-        there = await self._peers.bring(mine[0].address, ask)
-        source = wire.Source(rank=request.rank, agent=agent, address=mine[0].address, checks_crc=there.checks_crc)
-        fetched = await self._fetch(id, source)
-        fetched.how = f"{there.how} by agent {agent}, and fetched from there"
-        return fetched
+            return await self._load(id_of(request.id), request.rank, request.world, [tier.tier for tier in tiers])
+        source = await brought(self._peers, request, tiers)
+        reply = await self._have(partial(self._origins.copy_at, request, source))
+        reply.how = f"read from its tiers by agent {agent}, and fetched from there"
+        return reply
 
-    # -- fetching ----------------------------------------------------------------------------------------------------
-
-    async def _fetch(self, id: SnapshotId, image: wire.Source) -> wire.MaterialiseReply:
-        request = wire.ManifestRequest(id=wire_id(id), image=_image(image.rank, image.checks_crc))
-        told = await self._peers.manifest(image.address, request)
-        manifest = Manifest.of(told.record, told.checks, told.text)
-        record = manifest.record
-        if (record.id, record.rank, record.checks_crc) != (id, image.rank, image.checks_crc):
-            raise Corrupt(f"agent {image.agent} answers for {record.id} of rank {record.rank}")
-        sources = {(0, Kind.IMAGE): self._image_at(image.address, manifest, "fetch")}
-
-        async def pull(slot: Slot, ranges: Ranges) -> None:
-            terms = [Term(start, 0, Kind.IMAGE, start, end - start, 1) for start, end in ranges]
-            target = slot.image[: record.image_bytes]
-            outcome = await self._combine(target, record.block_bytes, terms, sources, ranges)
-            if outcome.damaged:
-                raise Corrupt(f"{len(outcome.damaged[0, Kind.IMAGE])} pieces are damaged there")
-
-        here = self._arenas.image(image.rank, id, record.checks_crc)
+    async def _have(self, opened: Callable[[], Awaitable[Blockwise]]) -> wire.MaterialiseReply:
+        """The image in a slot here: a free one, or the one that holds it already, with damage."""
+        origin = await opened()
+        manifest, record = origin.manifest, origin.manifest.record
+        here = self._arenas.image(record.rank, record.id, record.checks_crc)
         if here is not None and here.sealed_record() is not None:
-            how = await self._repair(here, manifest, record.block_bytes, pull)
-            return wire.MaterialiseReply(path=here.place.path, how=f"{how} from agent {image.agent}")
-        async with self._filling(manifest, id) as slot:
-            await pull(slot, [(0, record.image_bytes)])
-            self._arenas.seal_copy(slot, manifest)
-        return wire.MaterialiseReply(path=slot.place.path, how=f"fetched from agent {image.agent}")
-
-    def _filling(self, manifest: Manifest, keep: SnapshotId) -> AbstractAsyncContextManager[Slot]:
-        record, needed = manifest.record, manifest.checks.nbytes + len(manifest.layout)
-        return self._arenas.filling(record.rank, keep, image_bytes=record.image_bytes, table_bytes=needed)
-
-    # -- rebuilding --------------------------------------------------------------------------------------------------
-
-    async def _rebuild(self, id: SnapshotId, request: wire.MaterialiseRequest, key: int) -> wire.MaterialiseReply:
-        group = await self._group(id, request, key)
-        manifest = group.table.manifests[group.lost]
-        assert manifest is not None
-        record = manifest.record
-        here = self._arenas.image(request.rank, id, record.checks_crc)
-        if here is not None and here.sealed_record() is not None:
-            how = await self._repair(here, manifest, group.table.unit, partial(self._compute, group))
-            return wire.MaterialiseReply(path=here.place.path, how=how)
-        async with self._filling(manifest, id) as slot:
+            return wire.MaterialiseReply(path=here.place.path, how=await self._repair(here, origin))
+        needed = manifest.checks.nbytes + len(manifest.layout)
+        filling = self._arenas.filling(record.rank, record.id, image_bytes=record.image_bytes, table_bytes=needed)
+        async with filling as slot:
             reach("rebuild.begun")
-            await self._compute(group, slot, [(0, record.image_bytes)])
-            found = await asyncio.to_thread(slot.checksums, record.image_bytes, record.block_bytes)
-            if not np.array_equal(found, manifest.checks):
-                raise Corrupt(f"the rebuilt image of {id} of rank {record.rank} does not match its checksums")
+            await origin.fill(slot.image[: record.image_bytes], [Span(0, record.image_bytes, 0)])
             reach("rebuild.verified")
             self._arenas.seal_copy(slot, manifest)
-        return wire.MaterialiseReply(path=slot.place.path, how=f"rebuilt from {len(group.sources)} pieces of its group")
+        return wire.MaterialiseReply(path=slot.place.path, how=origin.how)
 
-    async def _repair(
-        self, slot: Slot, manifest: Manifest, unit: int, compute: Callable[[Slot, Ranges], Awaitable[None]]
-    ) -> str:
+    async def _repair(self, slot: Slot, origin: Blockwise) -> str:
         """Have the damaged blocks of an image that is here put right, in place; in words, what was done.
 
-        To be killed in between leaves it as damaged. *compute* does ranges that begin at multiples of *unit*.
+        To be killed in between leaves it as damaged.
         """
-        record = manifest.record
+        manifest, record = origin.manifest, origin.manifest.record
         found = await asyncio.to_thread(slot.checksums, record.image_bytes, record.block_bytes)
-        bad = [int(block) * record.block_bytes for block in np.flatnonzero(found != manifest.checks)]
-        starts = sorted({at // unit * unit for at in bad})
-        await compute(slot, [(at, min(at + unit, record.image_bytes)) for at in starts])
+        bad = np.flatnonzero(found != manifest.checks) * record.block_bytes
+        starts = np.unique(origin.grain.floor(bad))
+        ends = origin.grain.ceil(starts + 1)
+        spans = [Span(start, end, start) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+        await origin.fill(slot.image[: record.image_bytes], spans)
         found = await asyncio.to_thread(slot.checksums, record.image_bytes, record.block_bytes)
         if not np.array_equal(found, manifest.checks):
             raise Corrupt(f"the repaired image of {record.id} of rank {record.rank} does not match its checksums")
@@ -232,113 +185,6 @@ class Rebuilder:
             how += f", and tables: {error}"
             self.repaired += 1
         self.repaired += len(bad)
+        how += f", {origin.how}"
         _log.warning("%s of rank %d: %s", record.id, record.rank, how)
         return how
-
-    async def _compute(self, group: _Group, slot: Slot, ranges: Ranges) -> None:
-        """Compute these ranges. Sources that cannot be read are left out; those that are damaged, where they are.
-
-        Raises ``Unrecoverable`` when too few are left.
-        """
-        failed: set[Where] = set()
-        todo = [_Range(start, end) for start, end in ranges]
-        while todo:
-            terms = [term for part in todo for term in group.terms(failed | part.without, part.start, part.end)]
-            image = slot.image[: group.table.lengths[group.lost]]
-            extents = [(part.start, part.end) for part in todo]
-            try:
-                outcome = await self._combine(image, group.table.unit, terms, group.sources, extents)
-            except SourceFailed as error:
-                _log.warning(
-                    "rebuilding goes on without %s of member %d: %s", error.where[1].value, error.where[0], error
-                )
-                failed.add(error.where)
-            else:
-                todo = _lacking(todo, outcome, group.table.unit)
-
-    async def _group(self, id: SnapshotId, request: wire.MaterialiseRequest, key: int) -> _Group:
-        """Gather what of the group can be had. Raises ``SnapshotLost`` if not even one cell's table can."""
-        mates = [p for p in request.parities if p.parity.key == key]
-        cells: dict[int, tuple[wire.ParitySource, wire.Manifest]] = {}
-        for mate in mates:
-            ask = wire.ManifestRequest(id=wire_id(id), parity=_cell(mate.parity), agent=self._name)
-            try:
-                told = await self._peers.manifest(mate.address, ask)
-            except HoldfastError as error:
-                _log.warning("the parity of agent %s cannot be had: %s", mate.agent, error)
-                continue
-            cells[mate.parity.index] = (mate, told)
-        table: CellTable | None = None
-        sources: dict[Where, Source] = {}
-        for index, (mate, told) in cells.items():
-            try:
-                parity, its = Manifest.of(told.record, told.checks, told.text), CellTable.from_text(told.text)
-                if (its.key, its.me, its.ranks) != (key, index, list(mate.parity.ranks)):
-                    raise Corrupt(f"it answers for member {its.me} of {its.ranks}")
-                table = table or its
-            except Corrupt as error:
-                _log.warning("the parity of agent %s counts as lost: %s", mate.agent, error)
-                continue
-            sources[index, Kind.PARITY] = self._parity_at(mate, parity)
-        if table is None:
-            raise SnapshotLost(f"no table of the group of rank {request.rank} can be read")
-        for index, manifest in enumerate(table.manifests):
-            where = self._holder(request, manifest.record) if manifest is not None else None
-            if manifest is not None and where is not None and manifest.record.rank != request.rank:
-                sources[index, Kind.IMAGE] = self._image_at(where.address, manifest, "rebuild")
-        return _Group(table, table.ranks.index(request.rank), sources)
-
-    @staticmethod
-    def _holder(request: wire.MaterialiseRequest, record: Record) -> wire.Source | None:
-        """Who has that very image."""
-        return next((i for i in request.images if i.rank == record.rank and i.checks_crc == record.checks_crc), None)
-
-    # -- sources -----------------------------------------------------------------------------------------------------
-
-    def _image_at(self, address: str, manifest: Manifest, purpose: str) -> Source:
-        record = manifest.record
-        request = wire.GrantRequest(
-            id=wire_id(record.id), purpose=purpose, image=_image(record.rank, record.checks_crc)
-        )
-        return Source(
-            record.image_bytes, record.block_bytes, manifest.checks, open=partial(self._open, address, request)
-        )
-
-    def _parity_at(self, mate: wire.ParitySource, manifest: Manifest) -> Source:
-        record = manifest.record
-        request = wire.GrantRequest(id=wire_id(record.id), purpose="rebuild", parity=_cell(mate.parity))
-        return Source(
-            record.image_bytes, record.block_bytes, manifest.checks, open=partial(self._open, mate.address, request)
-        )
-
-
-def _passing(error: Exception) -> HoldfastError | None:
-    """The error, if what it tells of may be over at the next try."""
-    cause = error.error if isinstance(error, SourceFailed) else error
-    return cause if isinstance(cause, HoldfastError) and cause.remedy is Remedy.RETRY else None
-
-
-def _lacking(todo: Sequence[_Range], outcome: Outcome, unit: int) -> list[_Range]:
-    """What is still to be computed: where a piece was damaged. Of all sources, pieces begin alike.
-
-    A damaged piece of several blocks does not tell which of them is: it is tried again block by block, and only what is found
-    damaged then is left out, there.
-    """
-    found: dict[int, _Range] = {}
-    for where, pieces in outcome.damaged.items():
-        for piece in pieces:
-            part = next(part for part in todo if part.start <= piece.target_offset < part.end)
-            without = part.without if piece.nbytes > unit else part.without | {where}
-            stop = piece.target_offset + piece.nbytes
-            for at in range(piece.target_offset, stop, unit):
-                same = found.get(at, _Range(at, at, part.without))
-                found[at] = _Range(at, max(same.end, min(at + unit, stop)), same.without | without)
-    return [found[at] for at in sorted(found)]
-
-
-def _cell(parity: wire.Parity) -> wire.ParityCell:
-    return wire.ParityCell(lane=parity.lane, key=parity.key, index=parity.index)
-
-
-def _image(rank: int, checks_crc: int) -> wire.ImageSource:
-    return wire.ImageSource(rank=rank, checks_crc=checks_crc)

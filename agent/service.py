@@ -336,6 +336,8 @@ class AgentService:
         _log.info("rank %d %s, pid %d", trainer.hello.rank, "left" if trainer.ended else "is gone", trainer.hello.pid)
         trainer.gone.set()
         self._idle_since_s = time.monotonic()
+        if self.protector is not None:
+            self._spawn(trainer, self.protector.windows.give_back(trainer.hello.rank))
 
     # -- questions ---------------------------------------------------------------------------------------------------
 
@@ -375,6 +377,20 @@ class AgentService:
     async def materialise(self, request: wire.MaterialiseRequest, context: Context) -> wire.MaterialiseReply:
         """Have an image here. See ``Protector.materialise``."""
         return await _answer(context, self._protecting().materialise(request))
+
+    async def describe(self, request: wire.MaterialiseRequest, context: Context) -> wire.Description:
+        """What an image looks like, wherever it is. See ``Windows.describe``."""
+        return await _answer(context, self._protecting().windows.describe(request))
+
+    async def read(self, request: wire.ReadRequest, context: Context) -> wire.ReadReply:
+        """Have parts of an image in a window. See ``Windows.read``."""
+        return await _answer(context, self._read(request))
+
+    async def _read(self, request: wire.ReadRequest) -> wire.ReadReply:
+        reader = self._trainers.get(request.reader)
+        if reader is None or reader.gone.is_set():  # nobody would give its windows back
+            raise AgentError(f"rank {request.reader} is not attached to agent {self._name}, and has no windows")
+        return await self._protecting().windows.read(request)
 
     async def bring(self, request: wire.MaterialiseRequest, context: Context) -> wire.MaterialiseReply:
         """A peer asks to have an image here, from a tier that only this agent can read, to fetch it then."""
@@ -517,6 +533,8 @@ class AgentService:
             methods["GetManifest"] = _unary(self.manifest, wire.ManifestRequest)
         else:
             methods["Materialise"] = _unary(self.materialise, wire.MaterialiseRequest)
+            methods["Describe"] = _unary(self.describe, wire.MaterialiseRequest)
+            methods["Read"] = _unary(self.read, wire.ReadRequest)
             methods["Attach"] = grpc.stream_stream_rpc_method_handler(
                 self.attach, wire.FromTrainer.FromString, wire.FromAgent.SerializeToString
             )

@@ -8,27 +8,35 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from bisect import bisect_left
 from collections.abc import Awaitable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import numpy.typing as npt
 
 from ..errors import AgentUnreachable, Corrupt, HoldfastError, ObjectMissing, Remedy, SnapshotUnknown, TierError
 from ..snapshot.record import SnapshotId, table_bytes_for
 from ..storage.budget import Underway, check_budget
+from ..storage.chunks import Chunk, span
 from ..storage.documents import unseal
+from ..storage.inflight import each
 from ..storage.names import SNAPSHOTS
 from ..storage.tiers import TierSettings
 from . import wire_pb2 as wire
 from .arenas import Arenas
 from .bulk import Pace
 from .client import wire_id
+from .ranges import Pieces, Span
 from .tasks import ended, to_the_end
 
 if TYPE_CHECKING:
     from ..storage.entries import Entry
-    from ..storage.reader import Listed, Memory
+    from ..storage.reader import ImageReader, Listed, Memory
     from ..storage.store import Store
 
 _log = logging.getLogger(__name__)
@@ -38,7 +46,11 @@ _LIST_S: Final = 60.0
 _LISTED: Final = 32  # of each tier, the newest that are whole, and as many others: a restore is told of them
 _MEASURE_S: Final = 10.0  # a trainer that attaches waits no longer for a tier to say how full it is
 _MEASURED_S: Final = 5.0  # and those that attach soon after it are told the same
+_PARTS: Final = 16  # chunks that are read side by side of one image, in parts
 _TRIES: Final = 3  # entries that are read to learn of which job a run is
+
+
+Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(slots=True, eq=False)
@@ -133,6 +145,52 @@ class Tier:
         """What is under way besides spills and loads."""
         measuring = self._measuring[1] if self._measuring is not None else None
         return [task for task in (self.tidying, measuring) if task is not None]
+
+
+class Chunkwise:
+    """An image in tiers, chunk by chunk. As ``origins.Origin``, which says what its methods do."""
+
+    room_bytes = 0  # what chunks take on their way is bounded by the memory that all reading from tiers shares
+
+    def __init__(self, reader: ImageReader, layout: bytes, how: str, held: AsyncExitStack) -> None:
+        """*held*: what keeps the tiers open, and the snapshot from being deleted."""
+        self.layout, self.how = layout, how
+        self.image_bytes = reader.entry.image_bytes
+        self._reader, self._held = reader, held
+        self._values_offset = reader.layout.values_offset
+        chunks = [(*span(reader.layout.placed[s.chunk.index], s.chunk), s.chunk) for s in reader.entry.chunks]
+        self._pieces: list[tuple[int, int, Chunk | None]] = [(at, at + nbytes, chunk) for at, nbytes, chunk in chunks]
+        self._pieces.sort(key=itemgetter(0))
+        if self._values_offset < self.image_bytes:
+            self._pieces.append((self._values_offset, self.image_bytes, None))
+        self.grain = Pieces((start, end) for start, end, _ in self._pieces)
+
+    async def fill(self, target: Bytes, spans: Sequence[Span]) -> int:
+        """Each chunk is read once, whole, and verified; the gaps between slices are zeros, as in ``ImageReader.read_image``."""
+        await each(self._parts(target, spans), self._read, _PARTS)
+        return sum(part.nbytes for part in spans)
+
+    def _parts(self, target: Bytes, spans: Sequence[Span]) -> Iterator[tuple[Chunk | None, Bytes]]:
+        for part in spans:
+            done, ahead = part.start, part.at - part.start
+            for start, end, chunk in self._pieces[bisect_left(self._pieces, part.start, key=itemgetter(0)) :]:
+                if start >= part.end:
+                    break
+                target[done + ahead : start + ahead] = 0
+                yield chunk, target[start + ahead : end + ahead]
+                done = end
+            target[done + ahead : part.end + ahead] = 0
+
+    async def _read(self, part: tuple[Chunk | None, Bytes]) -> None:
+        chunk, out = part
+        if chunk is None:
+            out[:] = np.frombuffer(await self._reader.read_values(), np.uint8)
+        else:
+            await self._reader.read_slice(chunk.index, out, chunk.first_row, chunk.rows)
+
+    async def close(self) -> None:
+        """Give lease and stores back."""
+        await self._held.aclose()
 
 
 class Tiers:
@@ -315,9 +373,7 @@ class Tiers:
         Raises ``SnapshotUnknown``, ``Corrupt``, ``TierError``, ``BudgetExceeded``; ``AgentUnreachable`` if no trainer has said
         yet which tiers there are.
         """
-        chosen = [self.all[index] for index in sorted(set(tiers)) if index < len(self.all)]
-        if not chosen:
-            raise AgentUnreachable(f"agent {self._name} was not told yet of the tiers that have {id} of rank {rank}")
+        chosen = self._chosen(tiers, f"{id} of rank {rank}")
         async with self._loads, self._loading.setdefault(rank, asyncio.Lock()):
             try:
                 return await self._load(id, rank, world, chosen[:1], apart)
@@ -327,6 +383,26 @@ class Tiers:
                 # Only now are the others asked: one of them may be away, and this one would wait for it.
                 _log.warning("%s of rank %d is not all in %s: %s", id, rank, chosen[0].settings.url, error)
             return await self._load(id, rank, world, chosen, apart)
+
+    async def origin(self, id: SnapshotId, rank: int, world: int, tiers: Sequence[int]) -> Chunkwise:
+        """That image, to be read in parts from any of *tiers*, the nearest first; under a lease until it is closed.
+
+        Raises as ``load``, but for ``BudgetExceeded``.
+        """
+        from ..storage.reader import ImageReader
+
+        async with AsyncExitStack() as stack:
+            chosen = self._chosen(tiers, f"{id} of rank {rank}")
+            entry, stores = await self._leased(stack, id, rank, world, chosen)
+            layout = await asyncio.to_thread(entry.layout.to_text)
+            how = f"read from {' and '.join(store.url for store in stores)}"
+            return Chunkwise(ImageReader(entry, stores, self.memory), layout, how, stack.pop_all())
+
+    def _chosen(self, tiers: Sequence[int], what: str) -> list[Tier]:
+        chosen = [self.all[index] for index in sorted(set(tiers)) if index < len(self.all)]
+        if not chosen:
+            raise AgentUnreachable(f"agent {self._name} was not told yet of the tiers that have {what}")
+        return chosen
 
     async def _load(
         self, id: SnapshotId, rank: int, world: int, chosen: Sequence[Tier], apart: bool

@@ -617,6 +617,38 @@ class MaterialiseReply(_message.Message):
     checks_crc: int
     def __init__(self, path: _Optional[str] = ..., how: _Optional[str] = ..., checks_crc: _Optional[int] = ...) -> None: ...
 
+class Description(_message.Message):
+    __slots__ = ("layout", "image_bytes", "how")
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HOW_FIELD_NUMBER: _ClassVar[int]
+    layout: bytes
+    image_bytes: int
+    how: str
+    def __init__(self, layout: _Optional[bytes] = ..., image_bytes: _Optional[int] = ..., how: _Optional[str] = ...) -> None: ...
+
+class ReadRequest(_message.Message):
+    __slots__ = ("image", "ranges", "window", "reader")
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    RANGES_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
+    READER_FIELD_NUMBER: _ClassVar[int]
+    image: MaterialiseRequest
+    ranges: _containers.RepeatedCompositeFieldContainer[Range]
+    window: int
+    reader: int
+    def __init__(self, image: _Optional[_Union[MaterialiseRequest, _Mapping]] = ..., ranges: _Optional[_Iterable[_Union[Range, _Mapping]]] = ..., window: _Optional[int] = ..., reader: _Optional[int] = ...) -> None: ...
+
+class ReadReply(_message.Message):
+    __slots__ = ("path", "how", "pulled_bytes")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    HOW_FIELD_NUMBER: _ClassVar[int]
+    PULLED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    how: str
+    pulled_bytes: int
+    def __init__(self, path: _Optional[str] = ..., how: _Optional[str] = ..., pulled_bytes: _Optional[int] = ...) -> None: ...
+
 class TierList(_message.Message):
     __slots__ = ("agent", "address", "images", "errors", "others")
     AGENT_FIELD_NUMBER: _ClassVar[int]

@@ -43,7 +43,7 @@ class _Flight:
 
 class Holding:
     """What is held for this rank. Thread safe; only the constructor, ``protect``, ``wait_sealed``, ``inventory``,
-    ``materialise`` and ``close`` wait.
+    ``materialise``, ``describe_image``, ``read_ranges`` and ``close`` wait.
 
     Attributes:
         alone: this node has no group, so nothing is protected against its loss.
@@ -400,6 +400,19 @@ class Holding:
         """Have the agent bring an image here, from wherever it can be had. Raises ``SnapshotLost``."""
         with AgentClient.at(self._settings) as client:
             return client.materialise(request, timeout_s)
+
+    def describe_image(self, request: wire.MaterialiseRequest, timeout_s: float) -> wire.Description:
+        """What the layout of an image is, from whoever can say. Raises ``SnapshotLost``."""
+        with AgentClient.at(self._settings) as client:
+            return client.describe_image(request, timeout_s)
+
+    def read_ranges(self, request: wire.ReadRequest, timeout_s: float) -> wire.ReadReply:
+        """Have the agent lay ranges of an image out in a window of this rank; without ranges, take its windows back.
+
+        Raises ``SnapshotLost``, ``BudgetExceeded``, ``ConfigError``.
+        """
+        with AgentClient.at(self._settings) as client:
+            return client.read_ranges(request, timeout_s)
 
     def inventory(self, timeout_s: float) -> wire.ImageList:
         """Every sealed image that this node's agent holds."""

@@ -46,6 +46,8 @@ _NAME: Final = re.compile(  # one name for each slot
     r"(?:rank-(?P<rank>[0-9]{5}|[1-9][0-9]{5,})\.slot|lane-(?P<lane>[0-9]{5})\.cell)-(?P<index>0|[1-9][0-9]*)"
 )
 
+_WINDOW: Final = re.compile(r"window-(?:[0-9]{5}|[1-9][0-9]{5,})\.[0-9]")
+
 Bytes = npt.NDArray[np.uint8]
 
 
@@ -121,30 +123,15 @@ class Slot:
         The file gets its name only when it has its memory, so a crash leaves a ``.new`` file for the next scan to remove,
         never a slot that faults. Raises ``BudgetExceeded`` if the file system is full.
         """
-        fresh = place.path + ".new"
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(fresh)
-        with _descriptor(fresh, os.O_RDWR | os.O_CREAT | os.O_EXCL) as fd:
-            try:
-                # Reserves now, with an error we can report; touching pages of a full tmpfs would be SIGBUS.
-                os.posix_fallocate(fd, 0, place.file_bytes)
-            except OSError as error:
-                os.unlink(fresh)
-                raise BudgetExceeded(
-                    f"{place.path}: cannot reserve {place.file_bytes} bytes of shared memory ({error.strerror}); "
-                    f"enlarge that file system, or point HOLDFAST_SHM at a larger one"
-                ) from error
+        with _reserved(place.path, place.file_bytes) as fd:
             reach("attach.reserved")
-            os.replace(fresh, place.path)
+            os.replace(place.path + ".new", place.path)
             return cls(place, fd)
 
     @property
     def in_place(self) -> bool:
         """Whether the file of that name still is the one that is mapped."""
-        try:
-            return os.stat(self.place.path, follow_symlinks=False).st_ino == self.inode
-        except OSError:
-            return False
+        return _inode(self.place.path) == self.inode
 
     def prefault(self) -> None:
         """Have the kernel map every page now, so that no first touch (1 GB/s) falls into a snapshot. Without the GIL."""
@@ -276,8 +263,52 @@ class Slot:
             self._map.close()
 
 
+class Window:
+    """A file in which an agent lays bytes out for one reader, mapped. Whoever opens it closes it; views die with it.
+
+    Attributes:
+        path: where it lies.
+        bytes: ``uint8[n]``; only the agent, who made it, may write there.
+    """
+
+    def __init__(self, path: str, descriptor: int, protection: int) -> None:
+        self.path = path
+        stat = os.fstat(descriptor)
+        self._inode = stat.st_ino
+        self._map = mmap.mmap(descriptor, stat.st_size, prot=protection)
+        self.bytes: Bytes = np.frombuffer(self._map, np.uint8)
+
+    @classmethod
+    def create(cls, folder: Path, reader: int, index: int, nbytes: int) -> Window:
+        """Make one with all its memory reserved, in place of any of that name. Raises ``BudgetExceeded``."""
+        path = str(folder / f"window-{reader:05d}.{index}")
+        with _reserved(path, nbytes) as fd:
+            os.replace(path + ".new", path)
+            return cls(path, fd, mmap.PROT_READ | mmap.PROT_WRITE)
+
+    @classmethod
+    def open(cls, path: str) -> Window:
+        """Map one to read it. Raises ``Corrupt`` if there is none: its agent has ended, or taken it back."""
+        if not _WINDOW.fullmatch(Path(path).name):
+            raise Corrupt(f"{path} is no window")
+        with _descriptor(path, os.O_RDONLY) as fd:
+            return cls(path, fd, mmap.PROT_READ)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the file of that name still is the one that is mapped."""
+        return _inode(self.path) == self._inode
+
+    def close(self) -> None:
+        """Drop the mapping as soon as the last view into it is gone. Closing twice is harmless."""
+        self.bytes = np.empty(0, np.uint8)
+        with contextlib.suppress(BufferError):
+            self._map.close()
+
+
 def scan(folder: Path) -> tuple[list[Place], list[str]]:
-    """The slots that lie in *folder*, and the names of files that are not ours. Half-made slots are removed.
+    """The slots that lie in *folder*, and the names of files that are not ours. Half-made slots are removed, and windows: an
+    agent that scans has made none yet.
 
     A slot's division into tables and image is told by its record; a slot without a readable record holds nothing, and
     its file counts as all image.
@@ -286,7 +317,8 @@ def scan(folder: Path) -> tuple[list[Place], list[str]]:
     foreign: list[str] = []
     for entry in sorted(os.scandir(folder), key=lambda e: e.name):
         regular = entry.is_file(follow_symlinks=False)
-        if regular and entry.name.endswith(".new") and parse_name(entry.name.removesuffix(".new")):
+        made = entry.name.removesuffix(".new")
+        if regular and (_WINDOW.fullmatch(made) or (made != entry.name and parse_name(made))):
             os.unlink(entry.path)
         elif regular and (identity := parse_name(entry.name)) and (place := measure(Path(entry.path), *identity)):
             places.append(place)
@@ -315,6 +347,32 @@ def measure(path: Path, rank: int, index: int, parity: bool) -> Place | None:
     if record.table_bytes > room or record.table_bytes % PAGE:
         return Place(str(path), rank, index, 0, room, parity)
     return Place(str(path), rank, index, record.table_bytes, room - record.table_bytes, parity)
+
+
+def _inode(path: str) -> int | None:
+    try:
+        return os.stat(path, follow_symlinks=False).st_ino
+    except OSError:
+        return None
+
+
+@contextlib.contextmanager
+def _reserved(path: str, nbytes: int) -> Iterator[int]:
+    """A new file ``<path>.new`` with its memory reserved. Raises ``BudgetExceeded`` if the file system is full."""
+    fresh = path + ".new"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(fresh)
+    with _descriptor(fresh, os.O_RDWR | os.O_CREAT | os.O_EXCL) as fd:
+        try:
+            # Reserves now, with an error we can report; touching pages of a full tmpfs would be SIGBUS.
+            os.posix_fallocate(fd, 0, nbytes)
+        except OSError as error:
+            os.unlink(fresh)
+            raise BudgetExceeded(
+                f"{path}: cannot reserve {nbytes} bytes of shared memory ({error.strerror}); "
+                f"enlarge that file system, or point HOLDFAST_SHM at a larger one"
+            ) from error
+        yield fd
 
 
 @contextlib.contextmanager

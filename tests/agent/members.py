@@ -22,6 +22,7 @@ from holdfast.agent.budget import Memory
 from holdfast.agent.bulk import BulkServer
 from holdfast.agent.client import id_of, wire_id
 from holdfast.agent.inventory import parity_source
+from holdfast.agent.origins import Origin
 from holdfast.agent.peers import Peers
 from holdfast.agent.protector import Protector
 from holdfast.agent.protocol import Flight
@@ -124,6 +125,11 @@ async def no_tiers(
     raise SnapshotUnknown(f"no tier has {id} of rank {rank} of {world}: none of {list(tiers)} is known here")
 
 
+async def no_tiers_to_read(id: SnapshotId, rank: int, world: int, tiers: Sequence[int]) -> Origin:
+    """Likewise, of reading in parts."""
+    raise SnapshotUnknown(f"no tier has {id} of rank {rank} of {world}: none of {list(tiers)} is known here")
+
+
 class Group:
     """Members by name. An asynchronous context manager: leaves no thread and no file.
 
@@ -156,7 +162,7 @@ class Group:
         address = f"127.0.0.1:{len(self.members) + 1}"
         member = Member(name, address, arenas, BulkServer("127.0.0.1", 0, None), folder)
         wires, told = Wires(self, name), member.told.append
-        member.protector = Protector(name, JOB, arenas, member.bulk, wires, None, told, no_tiers)
+        member.protector = Protector(name, JOB, arenas, member.bulk, wires, None, told, no_tiers, no_tiers_to_read)
         self.members[name] = member
         self._clocks[name] = asyncio.create_task(member.protector.keep_time())
         return member

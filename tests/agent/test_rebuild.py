@@ -199,7 +199,7 @@ def test_who_asks_again_with_fewer_sources_is_not_told_the_same() -> None:
             flip(b.arenas.image(1, ONE), 9)
             request = group.request(1, ONE)
             del request.images[next(i for i, image in enumerate(request.images) if image.agent == "b")]
-            assert (await b.protector.materialise(request)).how == "1 damaged blocks repaired"
+            assert (await b.protector.materialise(request)).how.startswith("1 damaged blocks repaired")
             assert b.image(1, ONE) == images[1]
 
     run(work)
@@ -311,7 +311,7 @@ def test_damaged_blocks_are_repaired_in_place(where: Sequence[int]) -> None:
             request = group.request(1, ONE)
             del request.images[next(i for i, image in enumerate(request.images) if image.agent == "b")]
             reply = await b.protector.materialise(request)  # its trainer has found the damage, and strikes it
-            assert reply.how == f"{blocks} damaged blocks repaired"
+            assert reply.how.startswith(f"{blocks} damaged blocks repaired, rebuilt from")
             assert b.arenas.image(1, ONE) is slot
             assert b.image(1, ONE) == images[1]
             status = b.protector.status()
@@ -415,7 +415,7 @@ def test_a_source_that_goes_away_in_the_middle(monkeypatch: pytest.MonkeyPatch) 
             images = await protected(group, ranks, 2, large)
             new = group.add("new")
             request = group.request(0, ONE, without="a")
-            opened = new.protector._open
+            opened = new.protector._origins._open
 
             async def losing(address: str, like: Any, extents: Any) -> Any:
                 stream = await opened(address, like, extents)
@@ -423,7 +423,7 @@ def test_a_source_that_goes_away_in_the_middle(monkeypatch: pytest.MonkeyPatch) 
                     await group.lose(group.by_address(address).name)
                 return stream
 
-            monkeypatch.setattr(new.protector, "_open", losing)
+            monkeypatch.setattr(new.protector._origins, "_open", losing)
             assert (await new.protector.materialise(request)).how.startswith("rebuilt")
             assert new.image(0, ONE) == images[0]
             assert len(group.members) == 4
