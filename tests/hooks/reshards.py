@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from holdfast import Checkpointer, crashpoints
 from holdfast.errors import HoldfastError
 from holdfast.snapshot.state import TrainingState
+from holdfast.tests.hooks.nodes import WAIT_S
 from holdfast.tests.hooks.worlds import Rank, Trained, build, sealed
 from torch.distributed.tensor import DTensor
 
@@ -27,24 +29,48 @@ def draws() -> list[float]:
     return [random.random(), float(np.random.rand()), float(torch.rand(()))]
 
 
+def attached(job: Trained, here: Rank) -> Checkpointer:
+    """*said* may have options for all ranks, or the folder of each rank's node."""
+    options = dict(here.said.get("options", {}))
+    if "places" in here.said:
+        shm = here.said["places"][here.rank]
+        options |= {"shm": shm, "agent": f"{shm}/agent.sock"}
+    return job.attach(here, **options)
+
+
+def kept(here: Rank, ckpt: Checkpointer, step: int) -> None:
+    """Take a snapshot and see it where *said*; just sealed, if nothing is."""
+    if "until" in here.said:
+        ckpt.wait(ckpt.snapshot(step), here.said["until"], WAIT_S)
+        here.barrier()
+    else:
+        assert sealed(here, ckpt, step), ckpt.stats().skipped
+
+
 def leave(here: Rank) -> dict[str, Any]:
     """Trains as *said*, and leaves a snapshot of step 3 behind."""
     job = build(here.said["kind"], here, seed=1)
     job.extras = {"loader": {"rank": here.rank, "position": 7}}
-    with job.attach(here, **here.said.get("options", {})) as ckpt:
-        for step in (1, 2, 3):
-            job.turn()
-            assert sealed(here, ckpt, step)
-        found = {"tensors": tensors(job), "lr": job.optimizer.param_groups[0]["lr"]}
-        return {**found, "draws": draws()}
+    ckpt = attached(job, here)
+    for step in (1, 2, 3):
+        job.turn()
+        kept(here, ckpt, step)
+    ckpt.close(ended=False)
+    found = {"tensors": tensors(job), "lr": job.optimizer.param_groups[0]["lr"]}
+    return {**found, "draws": draws()}
 
 
 def come_back(here: Rank) -> dict[str, Any]:
-    """Comes back as *said*; and, if that works, trains on, takes a snapshot, and comes back to that."""
+    """Comes back as *said*; and, if that works, trains on, takes a snapshot, and comes back to that.
+
+    *said* may have a place at which the last rank dies.
+    """
+    if here.rank == here.world - 1:
+        crashpoints.arm(here.said.get("crash", ""))
     job = build(here.said["kind"], here, seed=2)
     job.optimizer.param_groups[0]["lr"] = 0.5
     job.extras = {"loader": {}}
-    ckpt = job.attach(here, **here.said.get("options", {}))
+    ckpt = attached(job, here)
     try:
         step: Any = ckpt.restore()
     except HoldfastError as error:
@@ -56,12 +82,12 @@ def come_back(here: Rank) -> dict[str, Any]:
     found["lr"] = job.optimizer.param_groups[0]["lr"]
     for number in (step + 1, step + 2):
         job.turn()
-        assert sealed(here, ckpt, number), ckpt.stats().skipped
+        kept(here, ckpt, number)
     wanted = job.bits()
     ckpt.close(ended=False)
     again = build(here.said["kind"], here, seed=3)
     again.extras = {"loader": {}}
-    with again.attach(here, **here.said.get("options", {})) as ckpt:
+    with attached(again, here) as ckpt:
         found["again"] = ckpt.restore()
         found["same"] = again.bits() == wanted
     return found
