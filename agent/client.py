@@ -8,7 +8,7 @@ import os
 import queue
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
 # A trainer forks data loader workers. They never talk to the agent, and gRPC's own fork handlers only get in the way.
@@ -64,6 +64,10 @@ class AgentClient:
     def inventory(self, timeout_s: float = 30.0) -> wire.ImageList:
         """Every sealed image the agent holds."""
         return self._ask("Inventory", wire.Nothing(), wire.ImageList, timeout_s)
+
+    def elsewhere(self, addresses: Sequence[str], timeout_s: float) -> wire.ImageLists:
+        """What the agents at these addresses hold, as far as they answer; for nodes on which the job has no ranks now."""
+        return self._ask("Elsewhere", wire.AddressList(addresses=addresses), wire.ImageLists, timeout_s)
 
     def inspect(self, run: str, step: int, timeout_s: float = 600.0) -> wire.Inspection:
         """One snapshot, read in full by the agent. Raises ``SnapshotUnknown``."""

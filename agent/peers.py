@@ -7,7 +7,7 @@ from typing import Any, Final, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from ..errors import SourceGone
+from ..errors import AgentMismatch, SourceGone
 from . import wire_pb2 as wire
 from .client import CHANNEL_OPTIONS, SERVICE, translated
 from .trust import Trust
@@ -63,6 +63,13 @@ class Peers:
             parts.append(page.text)
             got += len(page.text)
         told.text = b"".join(parts)
+        return told
+
+    async def inventory(self, address: str) -> wire.ImageList:
+        """What that agent holds. Raises ``AgentMismatch`` if it serves another job."""
+        told = await self._ask(address, "Inventory", wire.Nothing(), wire.ImageList)
+        if told.job != self._job:
+            raise AgentMismatch(f"the agent at {address} serves job {told.job!r}, not {self._job!r}")
         return told
 
     async def bring(self, address: str, request: wire.MaterialiseRequest) -> wire.MaterialiseReply:

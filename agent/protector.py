@@ -50,6 +50,7 @@ _REPEAT_UP_TO_S: Final = 1.0
 _STREAM_S: Final = 600.0  # for one member's bytes; streams that stand still are given up much sooner
 _STREAMS: Final = 32  # threads that receive, at most
 _REMEMBERED: Final = 4  # recorded images of each rank
+_ASKED_AT_ONCE: Final = 64  # agents of nodes that have no ranks now
 _PAGE_BYTES: Final = 16 << 20  # of layouts and tables in one message: far from what a message may have, soon sent
 _MEMBER_ROOM: Final = 1024  # of a cell's table, for each member, besides its checksums and layout
 
@@ -562,6 +563,21 @@ class Protector:
         self._manifests.setdefault(offer, manifest)
         self._perform(self._guard.offered(offer, time.monotonic()))
         return True
+
+    async def elsewhere(self, addresses: Sequence[str]) -> wire.ImageLists:
+        """What the agents at these addresses hold. One that does not answer, or is of another job now, counts as lost."""
+        room = asyncio.Semaphore(_ASKED_AT_ONCE)
+
+        async def ask(address: str) -> wire.ImageList | None:
+            async with room:
+                try:
+                    return await self._peers.inventory(address)
+                except HoldfastError as error:
+                    _log.info("what the agent at %s holds counts as lost: %s", address, error)
+                    return None
+
+        answers = await asyncio.gather(*map(ask, addresses))
+        return wire.ImageLists(lists=[answer for answer in answers if answer is not None])
 
     # -- bringing back -----------------------------------------------------------------------------------------------
 

@@ -351,8 +351,18 @@ class AgentService:
             for (lane, _), id, table in self._arenas.tables()
         ]
         return wire.ImageList(
-            agent=self._name, images=images, spoiled=self._arenas.spoiled(), parities=parities, address=self.listen
+            agent=self._name,
+            images=images,
+            spoiled=self._arenas.spoiled(),
+            parities=parities,
+            address=self.listen,
+            job=self._settings.job,
+            peers=self.protector.peers if self.protector is not None else (),
         )
+
+    async def elsewhere(self, request: wire.AddressList, context: Context) -> wire.ImageLists:
+        """What agents hold on whose nodes this job has no ranks any more."""
+        return await _answer(context, self._protecting().elsewhere(request.addresses))
 
     async def inspect(self, request: wire.InspectRequest, context: Context) -> wire.Inspection:
         """Read one snapshot in full: its layout, its checksums, its damage."""
@@ -533,6 +543,7 @@ class AgentService:
             methods["GetManifest"] = _unary(self.manifest, wire.ManifestRequest)
         else:
             methods["Materialise"] = _unary(self.materialise, wire.MaterialiseRequest)
+            methods["Elsewhere"] = _unary(self.elsewhere, wire.AddressList)
             methods["Describe"] = _unary(self.describe, wire.MaterialiseRequest)
             methods["Read"] = _unary(self.read, wire.ReadRequest)
             methods["Attach"] = grpc.stream_stream_rpc_method_handler(

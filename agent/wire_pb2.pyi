@@ -336,18 +336,34 @@ class Nothing(_message.Message):
     def __init__(self) -> None: ...
 
 class ImageList(_message.Message):
-    __slots__ = ("agent", "images", "spoiled", "parities", "address")
+    __slots__ = ("agent", "images", "spoiled", "parities", "address", "job", "peers")
     AGENT_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     SPOILED_FIELD_NUMBER: _ClassVar[int]
     PARITIES_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    PEERS_FIELD_NUMBER: _ClassVar[int]
     agent: str
     images: _containers.RepeatedCompositeFieldContainer[Image]
     spoiled: _containers.RepeatedScalarFieldContainer[str]
     parities: _containers.RepeatedCompositeFieldContainer[Parity]
     address: str
-    def __init__(self, agent: _Optional[str] = ..., images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., spoiled: _Optional[_Iterable[str]] = ..., parities: _Optional[_Iterable[_Union[Parity, _Mapping]]] = ..., address: _Optional[str] = ...) -> None: ...
+    job: str
+    peers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, agent: _Optional[str] = ..., images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., spoiled: _Optional[_Iterable[str]] = ..., parities: _Optional[_Iterable[_Union[Parity, _Mapping]]] = ..., address: _Optional[str] = ..., job: _Optional[str] = ..., peers: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class AddressList(_message.Message):
+    __slots__ = ("addresses",)
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    addresses: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, addresses: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ImageLists(_message.Message):
+    __slots__ = ("lists",)
+    LISTS_FIELD_NUMBER: _ClassVar[int]
+    lists: _containers.RepeatedCompositeFieldContainer[ImageList]
+    def __init__(self, lists: _Optional[_Iterable[_Union[ImageList, _Mapping]]] = ...) -> None: ...
 
 class Parity(_message.Message):
     __slots__ = ("id", "lane", "index", "tolerance", "ranks", "key")

@@ -626,7 +626,7 @@ class Checkpointer:
             wait_s,
             lambda: (self._holding.inventory(wait_s), self._holding.stored(wait_s)),
         )
-        found = gather_inventories(self._ranks, reply, listed, wait_s)
+        found = gather_inventories(self._ranks, reply, listed, wait_s, self._holding.elsewhere)
         names = self._ranks.gather(f"{uuid.uuid4().hex} {time.time() // 60:.0f}".encode(), "agreeing on a run", wait_s)
         self._run, minutes = names[0].decode().split()
         left = [part.id for parts in (found.images, found.parities, found.stored) for part in parts]

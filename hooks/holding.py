@@ -419,6 +419,11 @@ class Holding:
         with AgentClient.at(self._settings) as client:
             return client.inventory(timeout_s)
 
+    def elsewhere(self, addresses: Sequence[str], timeout_s: float) -> wire.ImageLists:
+        """What the agents at these addresses hold, as far as they answer."""
+        with AgentClient.at(self._settings) as client:
+            return client.elsewhere(addresses, timeout_s)
+
     def stored(self, timeout_s: float) -> wire.TierList:
         """What this node's agent finds in the tiers."""
         if not self._hello.tiers:

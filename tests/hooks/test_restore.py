@@ -74,6 +74,11 @@ def on_all(world: int, work: Callable[[Ranks], Result]) -> list[Result]:
         return list(pool.map(lambda rank: work(_Rank(rank, world, table)), range(world)))
 
 
+def nobody(addresses: Sequence[str], timeout_s: float) -> wire.ImageLists:
+    """There are no agents elsewhere."""
+    raise AssertionError(addresses)
+
+
 # -- what is held --------------------------------------------------------------------------------------------------------
 
 
@@ -89,7 +94,7 @@ def _reply(agent: str, *images: wire.Image) -> wire.ImageList:
 
 def test_each_image_is_told_of_by_its_own_rank() -> None:
     reply = _reply("a", _image(0, "a", alive=True), _image(1, "a", alive=True))
-    for found in on_all(2, lambda ranks: gather_inventories(ranks, reply, wire.TierList(), WAIT_S)):
+    for found in on_all(2, lambda ranks: gather_inventories(ranks, reply, wire.TierList(), WAIT_S, nobody)):
         assert [(held.rank, held.agent) for held in found.images] == [(0, "a"), (1, "a")]
 
 
@@ -99,7 +104,9 @@ def test_images_of_ranks_that_are_elsewhere_are_told_of() -> None:
         _reply("a", _image(1, "a", alive=True), _image(7, "a", alive=True)),
         _reply("b", _image(0, "b", alive=True), _image(5, "b", alive=False)),
     ]
-    for found in on_all(2, lambda ranks: gather_inventories(ranks, replies[ranks.rank], wire.TierList(), WAIT_S)):
+    for found in on_all(
+        2, lambda ranks: gather_inventories(ranks, replies[ranks.rank], wire.TierList(), WAIT_S, nobody)
+    ):
         assert {(held.rank, held.agent) for held in found.images} == {(1, "a"), (7, "a"), (0, "b"), (5, "b")}
 
 
