@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -378,7 +378,7 @@ def test_flipped_bits_in_tiers(make_job: MakeJob, rng: random.Random, tmp_path: 
 
 
 def _await_persisted_twice(job: Job) -> None:
-    def twice(log: list[dict[str, Any]]) -> bool:
+    def twice(log: Sequence[dict[str, Any]]) -> bool:
         return len({e["persisted"] for e in log if e["life"] == job.lives and e.get("persisted")}) > 1
 
     job.wait_for("two persisted steps", twice)
