@@ -19,7 +19,7 @@ demo: setup
 
 # HOLDFAST_THOROUGH=1 tries all places and pairs that these tests otherwise sample; it takes much longer.
 test: setup
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 # mypy wants the package under its own name, whatever the folder of this clone is called.
 check: setup

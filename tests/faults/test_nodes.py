@@ -17,6 +17,7 @@ from faults.cluster import Cluster
 from faults.conftest import MakeCluster
 from holdfast.ops import certs
 
+pytestmark = pytest.mark.slow
 AGENT_PLACES = [
     "bulk.first-block=1",
     "bulk.first-block=12",

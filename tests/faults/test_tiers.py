@@ -31,6 +31,7 @@ from holdfast.storage.tiers import TierSettings
 from holdfast.tests.hooks.nodes import until
 from holdfast.tests.storage.weed import Weed
 
+pytestmark = pytest.mark.slow
 STEP_S = 0.03  # the machine is to be at work for the fault, not for steps that nobody looks at
 SPILL_PLACES = sorted(place for place in PLACES if place.startswith("spill."))
 ENDLESS = 1_000_000
