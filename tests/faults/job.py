@@ -37,7 +37,7 @@ from holdfast.storage.tiers import Tier
 from holdfast.tests.warm import Agent, server
 from torch import nn
 
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 POLL_S = 0.002  # between two looks at what ranks have logged
 
 

@@ -25,7 +25,7 @@ from holdfast.snapshot.layout import Layout, Slice
 from holdfast.snapshot.record import SnapshotId, new_nonce
 from holdfast.tests.warm import Agent
 
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 RUN, OTHER_RUN = "a" * 32, "b" * 32
 VALUES = b"not tensors"
 
