@@ -1,6 +1,8 @@
 # Everything a user or a developer runs. Needs Python 3.11 or newer and make; all else goes into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+# One cache for all: most of the time goes into what they have in common, torch's sources.
+MYPY := ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache
 
 .PHONY: setup demo test check bench soak proto clean
 
@@ -17,16 +19,16 @@ demo: setup
 
 # HOLDFAST_THOROUGH=1 tries all places and pairs that these tests otherwise sample; it takes much longer.
 test: setup
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 # mypy wants the package under its own name, whatever the folder of this clone is called.
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	mkdir -p .build && ln -sfn .. .build/holdfast
-	cd .build && ../$(BIN)/mypy --config-file ../pyproject.toml --exclude '/(tests|benchmarks|examples|build)/' -p holdfast
-	cd tests && MYPYPATH=../.build:. ../$(BIN)/mypy --config-file ../pyproject.toml --explicit-package-bases .
-	cd benchmarks && MYPYPATH=../.build:. ../$(BIN)/mypy --config-file ../pyproject.toml --explicit-package-bases .
+	cd .build && $(MYPY) --exclude '/(tests|benchmarks|examples|build)/' -p holdfast
+	cd tests && MYPYPATH=../.build:. $(MYPY) --explicit-package-bases .
+	cd benchmarks && MYPYPATH=../.build:. $(MYPY) --explicit-package-bases .
 
 bench: setup
 	$(BIN)/python benchmarks/capture.py

@@ -30,6 +30,7 @@ from __future__ import annotations
 import random
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 from uuid import UUID
 
@@ -93,7 +94,7 @@ class Record:
             self.checks_crc, self.layout_crc, self.nonce,
         )  # fmt: skip
         payload = (fields + _CRC.pack(crc32c(fields))).ljust(_PAYLOAD_BYTES, b"\0")
-        return bytes(_codec().encode(payload))
+        return _codeword(payload)
 
     @classmethod
     def from_bytes(cls, codeword: bytes) -> tuple[Record, int]:
@@ -151,5 +152,13 @@ def _payload_holds(payload: bytes) -> bool:
     return payload.startswith(_MAGIC) and bool(crc32c(fields) == crc)
 
 
+@lru_cache(maxsize=256)
+def _codeword(payload: bytes) -> bytes:
+    """*payload* and its parity. Computing it takes a millisecond, and an agent tells every member of its group of a record,
+    and every cell of all of theirs."""
+    return bytes(_codec().encode(payload))
+
+
+@lru_cache(maxsize=1)
 def _codec() -> reedsolo.RSCodec:
     return reedsolo.RSCodec(_PARITY_BYTES, nsize=RECORD_BYTES, fcr=0, prim=0x11D, generator=2)

@@ -121,7 +121,7 @@ def test_only_some_of_snapshot_knows_torch() -> None:
 def test_the_agent_and_the_command_line_do_without_torch(start: str) -> None:
     wanted = [module for module in modules() if module.split(".")[1:2] in (["agent"], ["storage"])]
     code = f"import sys, {start}, {', '.join(wanted)}; print([m for m in ('torch', 'matplotlib') if m in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert found.stdout.strip() == "[]"
 
 
@@ -131,7 +131,7 @@ def test_commands_do_without_torch() -> None:
         "import sys\nfrom holdfast.ops.cli import main\n"
         "try:\n    main(['agent', '--help'])\nexcept SystemExit:\n    pass\nassert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=120)
 
 
 FORBIDDEN = frozenset({"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "yaml", "joblib"})
@@ -203,7 +203,7 @@ def test_wire_is_what_make_proto_generates(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "grpc_tools.protoc", "-I.", f"--python_out={out}", f"--pyi_out={out}",
          "holdfast/agent/wire.proto"],
-        cwd=tmp_path, check=True, capture_output=True, timeout=60,
+        cwd=tmp_path, check=True, capture_output=True, timeout=120,
     )  # fmt: skip
     for suffix in ("py", "pyi"):
         made = (out / f"holdfast/agent/wire_pb2.{suffix}").read_text()

@@ -34,7 +34,7 @@ from holdfast.snapshot.record import SnapshotId, new_nonce, table_bytes_for
 from holdfast.snapshot.recovery import HeldParity
 
 JOB = "members"
-WAIT_S = 60.0
+WAIT_S = 120.0
 RUN = uuid.UUID(int=1).hex
 LAYOUT_BYTES = 300
 Reply = TypeVar("Reply")

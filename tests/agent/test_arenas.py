@@ -20,7 +20,7 @@ from holdfast.snapshot.arena import Slot
 from holdfast.tests.agent.members import JOB, Group, Member, noise, plenty, run, snapshot
 
 SIZE = 1 << 20
-WAIT_S = 60.0
+WAIT_S = 120.0
 ONE = snapshot(1)
 
 

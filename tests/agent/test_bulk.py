@@ -47,7 +47,7 @@ from holdfast.errors import (
 from holdfast.ops.certs import Node, make
 
 HOST = "127.0.0.1"
-WAIT_S = 30.0
+WAIT_S = 120.0
 SHORT_S = 0.05
 MIB = 1 << 20
 

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 Bytes = npt.NDArray[np.uint8]
 BLOCK = 64
 STEP = 256
-WAIT_S = 60.0
+WAIT_S = 120.0
 
 
 class Peer:

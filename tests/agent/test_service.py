@@ -287,7 +287,7 @@ def test_no_answer_is_lost_where_many_are_due(node: Node, trainer: Trainer) -> N
     failed = 0
     while failed < 200:
         try:
-            failed += trainer.heard.get(timeout=10.0).WhichOneof("kind") == "failed"
+            failed += trainer.heard.get(timeout=WAIT_S).WhichOneof("kind") == "failed"
         except queue.Empty:
             pytest.fail(f"{200 - failed} of 200 answers were lost")
 
@@ -318,7 +318,7 @@ def test_a_stream_that_was_replaced_is_not_listened_to(node: Node) -> None:
     old.say(copied=copied(0, 2))
     old.say(grow=wire.Grow(slot=0, image_bytes=100_000, table_bytes=4096))
     try:
-        assert "ended" in str(old.lost.get(timeout=10.0))
+        assert "ended" in str(old.lost.get(timeout=WAIT_S))
     except queue.Empty:
         pytest.fail("the agent still listens to the stream that was replaced")
     assert held(node) == [(0, 3)]

@@ -12,18 +12,17 @@ import os
 import shutil
 import signal
 import struct
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import psutil
-from faults.job import DEADLINE_S, Spec, _read, _server, train, train_reference
+from faults.job import DEADLINE_S, POLL_S, Log, Spec, train, train_reference
 from faults.link import Link
 from holdfast.agent import wire_pb2 as wire
 from holdfast.agent.client import AgentClient
@@ -31,6 +30,7 @@ from holdfast.agent.settings import NodeSettings
 from holdfast.errors import Corrupt
 from holdfast.snapshot.record import Record
 from holdfast.storage.tiers import Tier
+from holdfast.tests.warm import Agent, server
 
 _ENDLESS = 1_000_000  # steps of a life that ends by being killed
 EACH = "disk-of-each-node"  # in the URL of a tier: every node has its own
@@ -96,7 +96,7 @@ class Node:
     index: int
     generation: int
     shm: Path
-    agent: subprocess.Popen[str]
+    agent: Agent
     listen: str = ""
     link: Link | None = None
 
@@ -138,6 +138,7 @@ class Cluster:
     ranks: list[BaseProcess] = field(default_factory=list)
     placement: tuple[int, ...] = ()
     _generations: int = 0
+    _logs: dict[str, Log] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.world = self.world or self.nodes
@@ -181,22 +182,14 @@ class Cluster:
 
     def _start(self, index: int, generation: int, shm: Path, crash: str) -> None:
         host = f"127.0.{generation // 200 + 1}.{generation % 200 + 1}"
-        command = [
-            "agent", "--job", self.job, "--shm", str(shm), "--name", f"n{index}g{generation}", "--domain", f"host=h{index}",
+        options = [
+            "--job", self.job, "--shm", str(shm), "--name", f"n{index}g{generation}", "--domain", f"host=h{index}",
             "--listen", f"{host}:0", "--idle-exit", "never", *self.options.get(index, ()),
         ]  # fmt: skip
-        with (self.folder / f"agent{index}.err").open("a") as log:
-            agent = subprocess.Popen(
-                [sys.executable, "-m", "holdfast", *command],
-                env={**os.environ, "HOLDFAST_CRASH": crash},
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
+        agent = Agent(options, self.folder / f"agent{index}.err", {**os.environ, "HOLDFAST_CRASH": crash})
         self.there[index] = Node(index, generation, shm, agent)
 
     def _await_ready(self, node: Node) -> None:
-        assert node.agent.stdout is not None
         words = dict(word.partition("=")[::2] for word in node.agent.stdout.readline().split())
         assert "listen" in words, f"agent {node.name} did not start\n{self.errors()}"
         node.listen = words["listen"]
@@ -243,7 +236,6 @@ class Cluster:
     def _kill_agent(self, node: Node) -> None:
         node.agent.kill()
         node.agent.wait(DEADLINE_S)
-        assert node.agent.stdout is not None
         node.agent.stdout.close()
         if node.link is not None:
             node.link.close()
@@ -258,7 +250,7 @@ class Cluster:
         self.lives += 1
         self.placement = tuple(placement or self.placement)
         specs = [self._spec(rank, steps, (crash or {}).get(rank, "")) for rank in range(self.world)]
-        self.ranks = [_server.Process(target=_train, args=(spec, rank), daemon=True) for rank, spec in enumerate(specs)]
+        self.ranks = [server.Process(target=_train, args=(spec, rank), daemon=True) for rank, spec in enumerate(specs)]
         for process in self.ranks:
             process.start()
 
@@ -315,8 +307,11 @@ class Cluster:
 
     # -- watching ----------------------------------------------------------------------------------------------------
 
-    def log(self, rank: int = 0) -> list[dict[str, Any]]:
-        return _read(self.folder / f"rank{rank}.jsonl")
+    def log(self, rank: int = 0) -> Sequence[dict[str, Any]]:
+        return self._log(f"rank{rank}").read()
+
+    def _log(self, name: str) -> Log:
+        return self._logs.setdefault(name, Log(self.folder / f"{name}.jsonl"))
 
     def errors(self) -> str:
         return "\n".join(f"--- {p.name}\n{p.read_text()[-3000:]}" for p in sorted(self.folder.glob("*.err")))
@@ -326,14 +321,12 @@ class Cluster:
         deadline_s = time.monotonic() + DEADLINE_S
         while not condition():
             assert time.monotonic() < deadline_s, f"no {what} within {DEADLINE_S} s\n{self.errors()}"
-            assert all(p.is_alive() for p in self.ranks) or condition(), f"ended before {what}\n{self.errors()}"
-            time.sleep(0.002)
+            ended = wait([process.sentinel for process in self.ranks], POLL_S)
+            assert not ended or condition(), f"ended before {what}\n{self.errors()}"
 
     def await_agent_death(self, index: int) -> None:
         """Until the agent has died of SIGKILL, where it was told to."""
-        code: int | None = None
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            code = self.there[index].agent.wait(DEADLINE_S)
+        code = self.there[index].agent.wait(DEADLINE_S)
         assert code == -signal.SIGKILL, f"exit code {code}\n{self.errors()}"
 
     def await_rank_death(self, rank: int) -> None:
@@ -447,11 +440,11 @@ class Cluster:
         """Train as far without interruption, and without Holdfast; each rank's log by step."""
         self.lives += 1
         spec = replace(self._spec(0, steps), shm="")
-        processes = [_server.Process(target=train_reference, args=(spec, r)) for r in range(self.world)]
+        processes = [server.Process(target=train_reference, args=(spec, r)) for r in range(self.world)]
         for process in processes:
             process.start()
         for process in processes:
             process.join(DEADLINE_S)
             assert process.exitcode == 0
         self.lives -= 1
-        return [{e["step"]: e for e in _read(self.folder / f"reference{r}.jsonl")} for r in range(self.world)]
+        return [{e["step"]: e for e in self._log(f"reference{r}").read()} for r in range(self.world)]

@@ -1,8 +1,8 @@
 """A small real training job that can be killed anywhere, and the judgement of what it did.
 
-Ranks are real processes, forked from a server that has imported torch once, so that a life costs a third of a second.
-Every step they append loss, digest of the whole state and what they know to be complete to a log, unbuffered, so
-that it survives SIGKILL. ``reference`` trains the same job without Holdfast; ``judge`` compares bit for bit.
+Ranks are real processes that start warm, so that a life costs a third of a second. Every step they append loss, digest of the
+whole state and what they know to be complete to a log, unbuffered, so that it survives SIGKILL. ``reference`` trains the same
+job without Holdfast; ``judge`` compares bit for bit.
 """
 
 from __future__ import annotations
@@ -10,17 +10,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -35,20 +34,11 @@ from holdfast.agent import wire_pb2 as wire
 from holdfast.agent.client import AgentClient
 from holdfast.agent.settings import NodeSettings
 from holdfast.storage.tiers import Tier
+from holdfast.tests.warm import Agent, server
 from torch import nn
 
-DEADLINE_S = 60.0
-_server = multiprocessing.get_context("forkserver")
-# torch would import the third at the first collective of each process, which takes it 0.6 s.
-_server.set_forkserver_preload(
-    [
-        "torch.distributed.fsdp",
-        "holdfast.hooks.checkpointer",
-        "torch._dynamo",
-        "torch.distributed.checkpoint",
-        "faults.job",
-    ]
-)
+DEADLINE_S = 120.0
+POLL_S = 0.002  # between two looks at what ranks have logged
 
 
 class Loader:
@@ -224,6 +214,28 @@ def _write(log: int, **entry: Any) -> None:
 
 
 @dataclass(slots=True)
+class Log:
+    """What a rank has logged. It only grows, so every line is parsed once, however often the log is looked at."""
+
+    path: Path
+    _entries: list[dict[str, Any]] = field(default_factory=list)
+    _read_bytes: int = 0
+
+    def read(self) -> Sequence[dict[str, Any]]:
+        """The whole lines so far; one cut off by a kill is not there. The same list each time, which grows."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._read_bytes)
+                text = file.read()
+        except FileNotFoundError:
+            return self._entries
+        whole = text[: text.rfind(b"\n") + 1]
+        self._entries += map(json.loads, whole.splitlines())
+        self._read_bytes += len(whole)
+        return self._entries
+
+
+@dataclass(slots=True)
 class Job:
     """A training job on one node, over all its lives."""
 
@@ -243,7 +255,8 @@ class Job:
     place: str = ""  # to tell several nodes apart
     name: str = field(default_factory=lambda: f"fault-{uuid.uuid4().hex[:8]}")
     ranks: list[BaseProcess] = field(default_factory=list)
-    agent: subprocess.Popen[str] | None = None
+    agent: Agent | None = None
+    _logs: dict[str, Log] = field(default_factory=dict)
 
     @property
     def shm(self) -> Path:
@@ -261,19 +274,19 @@ class Job:
         """Train as far without interruption, and without Holdfast; returns each rank's log by step."""
         self.lives += 1
         spec = replace(self.spec(), steps=max(e.get("step", 0) for e in self.log()))
-        processes = [_server.Process(target=train_reference, args=(spec, r)) for r in range(self.world)]
+        processes = [server.Process(target=train_reference, args=(spec, r)) for r in range(self.world)]
         for process in processes:
             process.start()
         for process in processes:
             process.join(DEADLINE_S)
             assert process.exitcode == 0
-        return [{e["step"]: e for e in _read(self.folder / f"reference{r}.jsonl")} for r in range(self.world)]
+        return [{e["step"]: e for e in self._log(f"reference{r}").read()} for r in range(self.world)]
 
     def start(self, crash: str = "", crash_rank: int = 0) -> None:
         """Begin a life; *crash* is where one of its ranks dies."""
         self.lives += 1
         self.ranks = [
-            _server.Process(target=train, args=(self.spec(crash if r == crash_rank else ""), r), daemon=True)
+            server.Process(target=train, args=(self.spec(crash if r == crash_rank else ""), r), daemon=True)
             for r in range(self.world)
         ]
         for process in self.ranks:
@@ -281,16 +294,11 @@ class Job:
 
     def start_agent(self, crash: str = "") -> None:
         """Start an agent that dies where *crash* says; the trainers restart one without that wish."""
-        command = ["agent", "--job", self.name, "--shm", str(self.shm), "--idle-exit", "never"]
-        with (self.folder / "agent.err").open("a") as log:
-            self.agent = subprocess.Popen(
-                [sys.executable, "-m", "holdfast", *command],
-                env={**os.environ, "HOLDFAST_CRASH": crash},
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
-        assert self.agent.stdout is not None
+        self.agent = Agent(
+            ["--job", self.name, "--shm", str(self.shm), "--idle-exit", "never"],
+            self.folder / "agent.err",
+            {**os.environ, "HOLDFAST_CRASH": crash},
+        )
         self.agent.stdout.readline()  # the ready line, or nothing if it died before
 
     def wait_death(self, rank: int = 0) -> None:
@@ -337,7 +345,7 @@ class Job:
         self.cuts.add(self.lives + 1)
 
     def _end_agents(self) -> None:
-        """SIGKILL the agent, and any that a trainer is just starting in its place; see them gone."""
+        """SIGKILL the agent, and any that trainers have started, or are just starting, in its place; see them gone."""
         for process in psutil.process_iter(["cmdline"]):
             if str(self.shm) in (process.info["cmdline"] or ()):
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -346,8 +354,9 @@ class Job:
                 await_gone(process.pid)
         agent, self.agent = self.agent, None
         if agent is not None:
+            self.kills += agent.poll() is None
+            agent.kill()
             agent.wait(DEADLINE_S)
-            assert agent.stdout is not None
             agent.stdout.close()
 
     def finish(self, *, enough: bool = False) -> None:
@@ -371,19 +380,22 @@ class Job:
 
     # -- watching ----------------------------------------------------------------------------------------------------
 
-    def log(self, rank: int = 0) -> list[dict[str, Any]]:
-        return _read(self.folder / f"rank{rank}.jsonl")
+    def log(self, rank: int = 0) -> Sequence[dict[str, Any]]:
+        return self._log(f"rank{rank}").read()
+
+    def _log(self, name: str) -> Log:
+        return self._logs.setdefault(name, Log(self.folder / f"{name}.jsonl"))
 
     def errors(self) -> str:
         return "\n".join(path.read_text()[-4000:] for path in sorted(self.folder.glob("*.err")))
 
-    def wait_for(self, what: str, condition: Callable[[list[dict[str, Any]]], bool], rank: int = 0) -> None:
+    def wait_for(self, what: str, condition: Callable[[Sequence[dict[str, Any]]], bool], rank: int = 0) -> None:
         """Until the log of *rank* says so; fails after the deadline, or if the rank ended before."""
         deadline_s = time.monotonic() + DEADLINE_S
         while not condition(self.log(rank)):
             assert time.monotonic() < deadline_s, f"no {what} within {DEADLINE_S} s\n{self.errors()}"
-            assert self.ranks[rank].is_alive() or condition(self.log(rank)), f"ended before {what}\n{self.errors()}"
-            time.sleep(0.001)
+            ended = wait([self.ranks[rank].sentinel], POLL_S)
+            assert not ended or condition(self.log(rank)), f"ended before {what}\n{self.errors()}"
 
     def wait_progress(self, steps: int, rank: int = 0) -> None:
         """Until *rank* has made so many steps in this life."""
@@ -442,12 +454,3 @@ def await_gone(pid: int) -> None:
         while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
             assert time.monotonic() < deadline_s, f"process {pid} does not end"
             time.sleep(0.001)
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a log; a line cut off by a kill is not there yet."""
-    try:
-        text = path.read_text()
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

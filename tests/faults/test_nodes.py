@@ -17,6 +17,7 @@ from faults.cluster import Cluster
 from faults.conftest import MakeCluster
 from holdfast.ops import certs
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 AGENT_PLACES = [
     "bulk.first-block=1",
     "bulk.first-block=12",
@@ -77,7 +78,6 @@ def test_any_node_is_lost(make_cluster: MakeCluster, rng: random.Random, nodes: 
     assert cluster.losses == nodes
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("nodes", "strategy"), [(3, "fsdp2"), (3, "ddp"), (6, "fsdp2"), (8, "fsdp2")])
 def test_any_two_nodes_are_lost_at_once(
     make_cluster: MakeCluster, rng: random.Random, nodes: int, strategy: str
@@ -124,7 +124,6 @@ def _partner(cluster: Cluster, victim: int, lost: set[int], rng: random.Random) 
     return rng.choice(sorted(others - {victim}))
 
 
-@pytest.mark.timeout(600)  # a dozen lives and more
 def test_an_agent_dies_at_a_named_place_and_another_node_with_it(make_cluster: MakeCluster, rng: random.Random) -> None:
     cluster = make_cluster(4, "2+2", "fsdp2")
     cluster.begin()
@@ -190,7 +189,6 @@ def test_nodes_are_lost_while_others_are_restored(make_cluster: MakeCluster, rng
     assert min(cluster.judge()[1:]) > 0
 
 
-@pytest.mark.timeout(600)  # a dozen lives and more
 def test_a_trainer_dies_at_a_named_place_and_two_nodes_with_it(make_cluster: MakeCluster, rng: random.Random) -> None:
     cluster = make_cluster(4, "2+2", "ddp")
     cluster.begin()

@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from holdfast.storage.tiers import TierSettings
 from holdfast.tests.hooks.nodes import until
 from holdfast.tests.storage.weed import Weed
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 STEP_S = 0.03  # the machine is to be at work for the fault, not for steps that nobody looks at
 SPILL_PLACES = sorted(place for place in PLACES if place.startswith("spill."))
 ENDLESS = 1_000_000
@@ -70,7 +71,6 @@ def _persisted(job: Job) -> int:
 # -- kills at named places -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("strategy", "part"), [("plain", 0), ("plain", 1), ("ddp", 0), ("fsdp2", 1)])
 def test_the_agent_dies_at_a_named_place_of_a_spill(
     make_job: MakeJob, rng: random.Random, tmp_path: Path, strategy: str, part: int
@@ -378,7 +378,7 @@ def test_flipped_bits_in_tiers(make_job: MakeJob, rng: random.Random, tmp_path: 
 
 
 def _await_persisted_twice(job: Job) -> None:
-    def twice(log: list[dict[str, Any]]) -> bool:
+    def twice(log: Sequence[dict[str, Any]]) -> bool:
         return len({e["persisted"] for e in log if e["life"] == job.lives and e.get("persisted")}) > 1
 
     job.wait_for("two persisted steps", twice)

@@ -30,7 +30,7 @@ from holdfast.snapshot.record import Record
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-WAIT_S = 60.0
+WAIT_S = 120.0
 QUICK = Deadlines(attach=WAIT_S, restore=WAIT_S, beat=WAIT_S, fence=WAIT_S, close=WAIT_S)
 
 

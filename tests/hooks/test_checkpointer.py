@@ -119,7 +119,7 @@ def test_another_process_goes_on(node: Node) -> None:
     )
     lives = [
         subprocess.run(
-            [sys.executable, "-c", script, node.job, str(node.shm), life], capture_output=True, text=True, timeout=100
+            [sys.executable, "-c", script, node.job, str(node.shm), life], capture_output=True, text=True, timeout=120
         )
         for life in "12"
     ]

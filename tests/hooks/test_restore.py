@@ -33,7 +33,7 @@ from holdfast.tests.hooks.nodes import bits_of_models
 from torch import nn
 
 RUN = uuid.uuid4().hex
-WAIT_S = 60.0
+WAIT_S = 120.0
 Result = TypeVar("Result")
 
 

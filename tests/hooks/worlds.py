@@ -1,6 +1,6 @@
 """Jobs of several ranks, each a process: what runs in a rank, and how a test runs them and hears of what they found.
 
-A rank is forked from a server that has imported torch once. Scenarios are functions of this module; what they return
+A rank starts warm. Scenarios are functions of this module; what they return
 travels back to the test.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import multiprocessing
 import random
 import tempfile
 import traceback
@@ -27,14 +26,12 @@ from holdfast.snapshot.partition import share
 from holdfast.snapshot.replicas import confirmed, sums
 from holdfast.snapshot.state import TrainingState
 from holdfast.tests.hooks.nodes import WAIT_S, Node, bits, bits_of_models, bits_of_optimizers, until
+from holdfast.tests.warm import server
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-_server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["torch.distributed.fsdp", "holdfast.hooks.checkpointer", "holdfast.tests.hooks.worlds"])
 
 
 class Rank:
@@ -80,8 +77,8 @@ def run_world(scenario: Callable[[Rank], Any], world: int, node: Node, told: Any
     with tempfile.TemporaryDirectory() as folder:
         ears, ranks = [], []
         for rank in range(world):
-            ear, mouth = _server.Pipe(duplex=False)
-            process = _server.Process(
+            ear, mouth = server.Pipe(duplex=False)
+            process = server.Process(
                 target=_main, args=(scenario, rank, world, node.job, f"{folder}/store", mouth, told), daemon=True
             )
             process.start()

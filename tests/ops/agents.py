@@ -10,8 +10,6 @@ import queue
 import select
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,8 +23,9 @@ from holdfast.agent.trust import Trust
 from holdfast.snapshot.arena import Slot
 from holdfast.snapshot.layout import Layout, Slice
 from holdfast.snapshot.record import SnapshotId, new_nonce
+from holdfast.tests.warm import Agent
 
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 RUN, OTHER_RUN = "a" * 32, "b" * 32
 VALUES = b"not tensors"
 
@@ -44,18 +43,16 @@ class Node:
         self.address = str(self.settings.socket)
         self.name = name
         tls = [f"--tls-ca={trust.ca}", f"--tls-cert={trust.cert}", f"--tls-key={trust.key}"] if trust else []
-        self._process = subprocess.Popen(
+        self._process = Agent(
             [
-                sys.executable, "-P", "-m", "holdfast", "agent", "--job", job, "--shm", str(self.settings.shm),
-                "--socket", self.address, "--name", name, "--domain", f"host={name}", "--listen", listen, *tls,
-            ],
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                "--job", job, "--shm", str(self.settings.shm), "--socket", self.address, "--name", name,
+                "--domain", f"host={name}", "--listen", listen, *tls,
+            ]
         )  # fmt: skip
         self.pid = self._process.pid
         self.ready = ""
 
     def await_ready(self) -> None:
-        assert self._process.stdout is not None
         assert select.select([self._process.stdout], [], [], DEADLINE_S)[0], "the agent did not become ready in time"
         self.ready = self._process.stdout.readline()
         assert f"holdfast agent {self.name} ready" in self.ready
@@ -67,7 +64,8 @@ class Node:
     def end(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Stop the agent and wait for that."""
         self._process.send_signal(number)
-        self._process.communicate(timeout=DEADLINE_S)
+        assert self._process.wait(DEADLINE_S) is not None, "the agent does not end"
+        self._process.stdout.close()
 
 
 class Trainer:

@@ -26,8 +26,6 @@ from holdfast.tests.ops.agents import OTHER_RUN, RUN, VALUES, Cluster, Holdfast,
 DOCS = Path(cli.__file__).parents[1] / "docs" / "cli.md"
 BIG = 1 << 20  # float32 elements; 4 MiB
 
-pytestmark = pytest.mark.timeout(120)
-
 
 # -- status -----------------------------------------------------------------------------------------------------------
 

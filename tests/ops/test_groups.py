@@ -17,8 +17,6 @@ from holdfast.snapshot.record import SnapshotId
 from holdfast.tests.ops.agents import RUN, Cluster, Holdfast, Node, Trainer, document, small
 from holdfast.tests.ops.test_cli import DOCS, keys
 
-pytestmark = pytest.mark.timeout(180)
-
 STEP = SnapshotId(1, 5, RUN)
 NEXT = SnapshotId(1, 6, RUN)
 

@@ -15,7 +15,6 @@ from holdfast.storage.tiers import Tier, TierSettings
 from holdfast.tests.ops.agents import Cluster, Holdfast, Node, Trainer, document, until
 from holdfast.tests.ops.states import HELD, JOB, NAMES, RUN, WORLD, State, state
 
-pytestmark = pytest.mark.timeout(120)
 OLD, NEW = state(5), state(6, changed=("model.weight",))
 
 

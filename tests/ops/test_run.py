@@ -21,7 +21,7 @@ from holdfast.agent.settings import NodeSettings
 from holdfast.errors import AgentUnreachable, DeadlinePassed
 from holdfast.ops.run import script_of
 
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 HOLDFAST = [sys.executable, "-P", "-m", "holdfast"]
 # Counts the signals it gets and says so; ends on SIGTERM with the code it was given.
 COUNTING = """
@@ -47,13 +47,11 @@ with holdfast.Checkpointer(model=model, optimizer=optimizer) as ckpt:
     for step in range(start, 2):
         model(torch.ones(4)).sum().backward()
         optimizer.step()
-        ckpt.wait(ckpt.snapshot(step + 1), "sealed", timeout_s=30)
+        ckpt.wait(ckpt.snapshot(step + 1), "sealed", timeout_s=120)
         if start == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 print("done", flush=True)
 """
-
-pytestmark = pytest.mark.timeout(180)
 
 
 class Job:
@@ -82,7 +80,7 @@ class Job:
         """The process of the agent that answers now."""
         try:
             with AgentClient.at(self.settings) as client:
-                return client.status(timeout_s=5).pid
+                return client.status(timeout_s=30).pid
         except (AgentUnreachable, DeadlinePassed):
             return None
 

@@ -24,7 +24,6 @@ from holdfast.tests.ops.test_cli import DOCS, keys
 from holdfast.tests.storage.memory import Memory
 from holdfast.tests.storage.weed import Weed
 
-pytestmark = pytest.mark.timeout(120)
 OLD, NEW = state(5), state(6, changed=("model.weight", "model.mean"))
 
 

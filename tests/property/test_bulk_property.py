@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 headers = st.builds(Header, st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1), st.sampled_from(Status))
-WAIT_S = 30.0
+WAIT_S = 120.0
 CONTENT = b"what is served to those who may have it" * 1000
 
 

@@ -234,7 +234,7 @@ binding = bind(layout, survey, (), ["model.ours", "model.theirs"])
 model.theirs.data = torch.ones(4)
 binding.shared.take(0)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 

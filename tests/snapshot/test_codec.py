@@ -310,7 +310,7 @@ def test_sets_are_written_in_one_order() -> None:
     for seed in "0123":
         environment = {"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)}
         done = subprocess.run(
-            [sys.executable, "-c", script], check=True, capture_output=True, env=environment, timeout=60
+            [sys.executable, "-c", script], check=True, capture_output=True, env=environment, timeout=120
         )
         outputs.add(done.stdout)
     assert len(outputs) == 1
@@ -509,4 +509,4 @@ class TestCorrupt:
 def test_the_module_imports_no_torch() -> None:
     script = "import sys, holdfast.snapshot.codec; assert 'torch' not in sys.modules"
     environment = {"PYTHONPATH": ":".join(sys.path)}
-    subprocess.run([sys.executable, "-c", script], check=True, env=environment, timeout=60)
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment, timeout=120)

@@ -154,7 +154,7 @@ def test_a_kill_leaves_the_old_or_the_new(tmp_path: Path, mode: str, place: str,
     done = subprocess.run(
         [sys.executable, "-c", _PUT, url, mode],
         env={**os.environ, "HOLDFAST_CRASH": f"spill.{place}={arrival}"},
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == -signal.SIGKILL, done.stderr
     said = done.stdout.split()

@@ -532,13 +532,13 @@ async def _look(url: str) -> dict[SnapshotId, tuple[bool, int]]:
 def killed_and_finished(url: str, place: str) -> None:
     asyncio.run(_spill_to(url))
     command = [sys.executable, "-c", textwrap.dedent(KILLED), url]
-    dead = subprocess.run(command, env={**os.environ, "HOLDFAST_CRASH": place}, timeout=60, check=False)
+    dead = subprocess.run(command, env={**os.environ, "HOLDFAST_CRASH": place}, timeout=120, check=False)
     assert dead.returncode == -signal.SIGKILL
     found = asyncio.run(_look(url))
     assert all(objects == 4 for whole, objects in found.values() if whole)
     assert found[at(30)][0]
     assert found[at(40)][0]
-    subprocess.run(command, timeout=60, check=True)
+    subprocess.run(command, timeout=120, check=True)
     found = asyncio.run(_look(url))
     assert {id for id, (whole, _) in found.items() if whole} == {at(30), at(40)}
     assert all(objects == 0 for whole, objects in found.values() if not whole)

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Self
 
 KEY, SECRET = "holdfast-test", "holdfast-test-secret"
-START_S = 60.0
+START_S = 120.0
 _BUCKET = "shared-by-tests"
 _PORTS = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc",
           "s3.port", "s3.port.grpc")  # fmt: skip
@@ -97,7 +97,7 @@ class Weed:
 
     def _make_bucket(self, name: str) -> None:
         filer = f"http://127.0.0.1:{self._ports['filer.port']}/buckets/{name}/"
-        urllib.request.urlopen(urllib.request.Request(filer, method="POST"), timeout=30).close()
+        urllib.request.urlopen(urllib.request.Request(filer, method="POST"), timeout=START_S).close()
 
     def _wait_for(self, url: str) -> None:
         deadline = time.monotonic() + START_S
