@@ -180,6 +180,13 @@ class Copies:
             return wire.MaterialiseReply(path=held.path, how="rebuilt")
         raise SnapshotLost("no source")
 
+    def describe_image(self, request: wire.MaterialiseRequest, timeout_s: float) -> wire.Description:
+        """All copies are of this rank's own image, which comes whole."""
+        raise AssertionError(request)
+
+    def read_ranges(self, request: wire.ReadRequest, timeout_s: float) -> wire.ReadReply:
+        raise AssertionError(request)
+
     def _held(self, agent: str) -> list[Held]:
         return self.arenas[agent].inventory()
 
