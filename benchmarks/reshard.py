@@ -125,21 +125,21 @@ def _attached(model: Any, optimizer: Any, folder: Path) -> Any:
 
 
 def _leave(nbytes: int, rounds: int, folder: Path) -> list[dict[str, float]]:
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     model, optimizer = _built(nbytes)
     ckpt = _attached(model, optimizer, folder)
     ckpt.wait(ckpt.snapshot(1), "sealed")
     ckpt.close(ended=False)
     state, moments = get_state_dict(model, optimizer)
-    dcp.save({"model": state, "optim": moments}, checkpoint_id=folder / "dcp")
+    save({"model": state, "optim": moments}, checkpoint_id=folder / "dcp")
     return []
 
 
 def _come_back(nbytes: int, rounds: int, folder: Path) -> list[dict[str, float]]:
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     model, optimizer = _built(nbytes)
     live = [t.to_local() for p in model.parameters() for t in (p.detach(), *_moments(optimizer, p))]
@@ -157,7 +157,7 @@ def _come_back(nbytes: int, rounds: int, folder: Path) -> list[dict[str, float]]
             if way == "holdfast":
                 assert ckpt.restore() == 1
             elif way == "dcp":
-                dcp.load({"model": state, "optim": moments}, checkpoint_id=folder / "dcp")
+                load({"model": state, "optim": moments}, checkpoint_id=folder / "dcp")
             else:
                 for tensor, source in zip(live, other, strict=True):
                     tensor.copy_(source)

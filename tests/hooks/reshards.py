@@ -91,3 +91,31 @@ def come_back(here: Rank) -> dict[str, Any]:
         found["again"] = ckpt.restore()
         found["same"] = again.bits() == wanted
     return found
+
+
+def some_of_it(here: Rank) -> dict[str, Any]:
+    """Restores with the arguments that are *said*, into a job whose last layer is called otherwise and is wider."""
+    job = build(here.said["kind"], here, seed=2)
+    job.optimizer.param_groups[0]["lr"] = 0.5
+    job.extras = {"loader": {"position": 0}}
+    before, drawn = tensors(job), torch.get_rng_state()
+    ckpt = attached(job, here)
+    try:
+        step: Any = ckpt.restore(**here.said["arguments"])
+    except HoldfastError as error:
+        step = [type(error).__name__, str(error)]
+    restored = ckpt.stats().restored
+    found = {
+        "step": step,
+        "before": before,
+        "tensors": tensors(job),
+        "same streams": torch.equal(drawn, torch.get_rng_state()),
+        "lr": job.optimizer.param_groups[0]["lr"],
+        "loader": job.extras["loader"],
+        "restored": None if restored is None else asdict(restored),
+    }
+    job.turn()
+    kept(here, ckpt, 1)
+    found["watermark"] = ckpt.watermark
+    ckpt.close(ended=False)
+    return found

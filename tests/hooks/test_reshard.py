@@ -65,3 +65,53 @@ def test_ranks_that_draw_alike_go_on_so(node: Node) -> None:
     taken, back = change(node, ("tp", 2), ("tp", 4))
     assert all(found["draws"] == taken[0]["draws"] for found in back)
     assert all(found["restored"]["fresh_streams"] == () for found in back)
+
+
+# -- parts ---------------------------------------------------------------------------------------------------------------
+
+
+def parts(node: Node, **arguments: Any) -> tuple[dict[str, str], list[Any]]:
+    """What an FSDP2 job of two ranks left behind, and what three ranks find that restore with these *arguments*."""
+    taken = run_world(reshards.leave, 2, node, {"kind": "fsdp2"})
+    return taken[0]["tensors"], run_world(reshards.some_of_it, 3, node, {"kind": "fsdp2", "arguments": arguments})
+
+
+def untouched(found: dict[str, Any]) -> bool:
+    """Nothing of the run but tensors has come back."""
+    return bool(found["same streams"]) and found["lr"] == 0.5 and found["loader"] == {"position": 0}
+
+
+def test_the_model_alone(node: Node) -> None:
+    taken, ranks = parts(node, only="model.*")
+    for found in ranks:
+        assert found["step"] == 3
+        assert found["tensors"] == {name: digest for name, digest in taken.items() if name.startswith("model.")}
+        assert untouched(found)
+        assert found["watermark"] is None  # a new run: no step of it is complete before its first beat
+
+
+def test_names_may_be_others(node: Node) -> None:
+    rename = {"model.up.": "model.down2.", "model.odd.weight": "model.even.weight"}
+    taken, ranks = parts(node, strict=False, rename=rename)
+    for found in ranks:
+        told = found["restored"]
+        assert set(told["missing"]) == {"model.up.weight", "model.up.bias", "model.odd.weight"}
+        assert {name for name in told["unexpected"] if name.startswith("model.")} == {
+            "model.down2.weight", "model.down2.bias", "model.even.weight",
+        }  # fmt: skip
+        for name in ("model.down.weight", "model.norm.bias"):
+            assert found["tensors"][name] == taken[name]
+        for name in told["missing"]:
+            assert found["tensors"][name] == found["before"][name]
+        assert untouched(found)
+
+
+def test_what_is_asked_for_has_to_be_there(node: Node) -> None:
+    """Strictly: nothing is half-applied."""
+    _, ranks = parts(node, only=["model.up.*", "model.last.*"], rename={"model.last.": "model.first."})
+    for found in ranks:
+        kind, message = found["step"]
+        assert kind == "LayoutMismatch"
+        assert "model.last.weight: in the live state, not in the snapshot" in message
+        assert found["tensors"] == found["before"]
+        assert untouched(found)

@@ -410,7 +410,7 @@ class State:
             raise StateRefused("whatever it is")
         box = Slice(f"v{self.version}", "uint8", (8,), (0,), (8,), "cpu", self.members)
         return Survey(
-            (Item(box, self.tensor, self.tensor, lazy=True),), (), (), {}, plain=False, loose=False, size=self.grown
+            (Item(box, self.tensor, self.tensor, lazy=True),), (), (), {}, {}, plain=False, loose=False, size=self.grown
         )
 
     def unchanged(self, survey: Survey) -> bool:
