@@ -58,6 +58,8 @@ class Restored:
             unless ``restore(strict=False)``.
         read_bytes: put into live tensors.
         pulled_bytes: of what was read, what came from other nodes or from tiers.
+        proved_bytes: if other ranks or meshes came back: how much of the images is found again in the live tensors of all ranks
+            together, by the checksums that were taken when they were sealed.
     """
 
     step: int
@@ -69,6 +71,7 @@ class Restored:
     mismatched: tuple[str, ...] = ()
     read_bytes: int = 0
     pulled_bytes: int = 0
+    proved_bytes: int = 0
 
 
 @dataclass(slots=True)

@@ -31,7 +31,8 @@ from ..snapshot.assembly import Read, assemble
 from ..snapshot.beat import NONE
 from ..snapshot.codec import decode, encode
 from ..snapshot.layout import Layout
-from ..snapshot.live import Source, apply
+from ..snapshot.live import Source, SourceImage, apply, part_of
+from ..snapshot.proof import Parts, identities, is_private, judged
 from ..snapshot.record import SnapshotId
 from ..snapshot.recovery import Held, Persisted, Plan, Rebuilt, plan
 from ..snapshot.replicas import disagreeing, sums
@@ -54,6 +55,7 @@ class _Prepared:
     Attributes:
         shared: names of what replicas must hold alike afterwards.
         fresh: the ranks that draw from new random streams.
+        described: all images, if others may be needed than this rank's and its replicas'.
     """
 
     images: dict[int, Source]
@@ -62,6 +64,7 @@ class _Prepared:
     values: dict[str, Any]
     shared: frozenset[str]
     fresh: tuple[int, ...] = ()
+    described: _Described | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +75,16 @@ class _Described:
         layouts, nbytes: of each image.
         alike: the random generators that drew the same numbers on all ranks.
         values: of those images that this rank has looked at.
+        block_bytes: of those images whose checksums the rank knows that has looked at them.
+        sources: of these, which this rank has.
     """
 
     layouts: dict[int, Layout]
     nbytes: dict[int, int]
     alike: frozenset[str]
     values: dict[int, dict[str, Any]]
+    block_bytes: dict[int, int]
+    sources: dict[int, SourceImage]
 
 
 class _Bad(NamedTuple):
@@ -268,6 +275,9 @@ class Restorer:
             read_bytes = self._together("restoring", lambda: self._apply(prepared, attempt))
             if self._any(attempt.damage):
                 return None
+            proved_bytes = 0
+            if prepared.described is not None and self._selection.whole:
+                proved_bytes = self._prove(prepared, prepared.described)
             self._together("restoring values", lambda: self._finish(prepared))
             pulled_bytes = 0 if windows is None else windows.pulled_bytes
         self._compare(prepared.shared)
@@ -284,6 +294,7 @@ class Restorer:
             misfits.mismatched,
             read_bytes,
             pulled_bytes,
+            proved_bytes,
         )
 
     def _images(self, decision: Plan, found: Found, windows: Windows | None) -> Images:
@@ -363,7 +374,7 @@ class Restorer:
                 if source is not None:
                     sources[needed] = source
             shared = frozenset(item.slice.name for item in targets.items if item.slice.members)
-            return _Prepared(sources, targets, reads, values, shared, tuple(new))
+            return _Prepared(sources, targets, reads, values, shared, tuple(new), described)
 
         prepared = self._together("preparing the restore", finish)
         return None if self._any(attempt.damage) else prepared
@@ -374,6 +385,7 @@ class Restorer:
         """Each rank looks at some images, those of its own node first, and tells the others of them. Collective."""
         said: dict[str, Any] = {}
         values: dict[int, dict[str, Any]] = {}
+        sources: dict[int, SourceImage] = {}
 
         def look() -> None:
             for number in range(world):
@@ -385,7 +397,10 @@ class Restorer:
                     continue
                 values[number] = its
                 text = source.layout.to_text().decode("utf-8", "surrogatepass")
-                said[str(number)] = [source.nbytes, text, stream_digests(its["rng"])]
+                block_bytes = 0
+                if isinstance(source, SourceImage):
+                    sources[number], block_bytes = source, source.record.block_bytes
+                said[str(number)] = [source.nbytes, text, stream_digests(its["rng"]), block_bytes]
 
         self._together("looking at the images", look)
         if self._any(attempt.damage):
@@ -395,10 +410,12 @@ class Restorer:
             zlib.compress(json.dumps(said).encode(), 1), "comparing layouts", self._timeout_s
         ):
             told.update({int(number): entry for number, entry in json.loads(zlib.decompress(part)).items()})
-        layouts = {n: Layout.from_text(text.encode("utf-8", "surrogatepass")) for n, (_, text, _) in told.items()}
-        streams = [digests for *_, digests in told.values()]
+        layouts = {n: Layout.from_text(text.encode("utf-8", "surrogatepass")) for n, (_, text, *_) in told.items()}
+        streams = [digests for _, _, digests, _ in told.values()]
         alike = frozenset(part for part in streams[0] if len({digests.get(part) for digests in streams}) == 1)
-        return _Described(layouts, {n: nbytes for n, (nbytes, *_) in told.items()}, alike, values)
+        nbytes = {n: entry[0] for n, entry in told.items()}
+        block_bytes = {n: entry[3] for n, entry in told.items() if entry[3]}
+        return _Described(layouts, nbytes, alike, values, block_bytes, sources)
 
     def _own_values(
         self, number: int, images: Images, stack: ExitStack, attempt: _Attempt, described: _Described
@@ -506,6 +523,42 @@ class Restorer:
             self._state.apply_values(prepared.values)
         else:
             self._state.apply_some(prepared.values, self._selection.wants)
+
+    def _prove(self, prepared: _Prepared, described: _Described) -> int:
+        """How many bytes of the images are found again in the live tensors of all ranks, by the checksums taken at the seal.
+
+        Raises ``RestoreDiverged`` if some are others. Collective.
+        """
+        mine: dict[str, Any] = {}
+        items = prepared.targets.items
+        names = identities([item.slice for item in items])
+        said = self._ranks.gather(names.tobytes(), "comparing who holds what", self._timeout_s)
+        lower = np.concatenate([np.frombuffer(part, np.uint64) for part in said[: self._ranks.rank]] or [names[:0]])
+        counts = ~np.isin(names, lower)  # what several hold alike is counted once
+        for number, block_bytes in described.block_bytes.items():
+            layout, parts = described.layouts[number], Parts(block_bytes)
+            parts.add_live(
+                part_of(items[read.target], read, layout)
+                for read in prepared.reads
+                if read.rank == number and not is_private(layout.placed[read.index].slice) and counts[read.target]
+            )
+            mine[str(number)] = parts.by_block(described.nbytes[number]).to_value()
+        said = self._ranks.gather(encode(mine, "sums", to_leaf).to_bytes(), "adding up what is live", self._timeout_s)
+        told: list[Any] = [decode(np.frombuffer(part, np.uint8), from_leaf) for part in said]
+
+        def judge() -> int:
+            proved = 0
+            for number, source in described.sources.items():
+                found, wrong = judged(source, [sums[str(number)] for sums in told])
+                proved += found
+                if wrong:
+                    raise RestoreDiverged(
+                        f"what is live now is not what rank {number} had sealed: blocks {wrong[:5]} of its image differ"
+                    )
+            return proved
+
+        proved = self._together("comparing with what was sealed", judge)
+        return sum(map(int, self._ranks.gather(str(proved).encode(), "adding up what is proved", self._timeout_s)))
 
     def _compare(self, shared: frozenset[str]) -> None:
         """Replicas must hold the same bytes now. Raises ``RestoreDiverged`` otherwise. Collective."""

@@ -60,6 +60,11 @@ class SourceImage:
         """Where the image starts in this process."""
         return int(self._slot.image.ctypes.data)
 
+    @property
+    def checks(self) -> npt.NDArray[np.uint32]:
+        """The checksum of each block, as it was taken when the image was sealed; verified."""
+        return self._checks
+
     def values(self) -> npt.NDArray[np.uint8]:
         """The encoded values, verified and copied. Raises ``Corrupt``."""
         first = self.layout.values_offset // self.record.block_bytes
@@ -193,11 +198,10 @@ def apply(items: Sequence[Item], reads: Sequence[Read], images: Mapping[int, Sou
     Raises:
         Corrupt, SnapshotLost: an image is damaged, or cannot be had. The live tensors are then partly overwritten.
     """
-    parts: dict[int, list[Part]] = {rank: [] for rank in images}
-    for read in reads:
-        item, placed = items[read.target], images[read.rank].layout.placed[read.index]
-        tensor = _view(item.tensor.detach(), box_of(item.slice), read.box)
-        parts[read.rank].append(Part(placed, read.box, tensor, span(read.box, placed.slice)))
+    parts = {
+        rank: [part_of(items[r.target], r, image.layout) for r in reads if r.rank == rank]
+        for rank, image in images.items()
+    }
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1), "holdfast-restore") as pool:
         for rank, image in images.items():
             image.fill(parts[rank], pool)
@@ -205,6 +209,14 @@ def apply(items: Sequence[Item], reads: Sequence[Read], images: Mapping[int, Sou
         torch.cuda.synchronize()  # the slots may be unmapped as soon as we return
     torch.autograd.graph.increment_version([item.tensor for item in items])
     return sum(read.box.volume * items[read.target].tensor.element_size() for read in reads)
+
+
+def part_of(item: Item, read: Read, layout: Layout) -> Part:
+    """What *read* fills of *item*; *layout* is that of the image."""
+    placed = layout.placed[read.index]
+    return Part(
+        placed, read.box, _view(item.tensor.detach(), box_of(item.slice), read.box), span(read.box, placed.slice)
+    )
 
 
 def _view(tensor: torch.Tensor, outer: Box, inner: Box) -> torch.Tensor:

@@ -21,7 +21,8 @@ FOLDERS = ("erasure", "snapshot", "storage", "agent", "hooks", "ops")
 DOORS = frozenset({"holdfast", "holdfast.__main__"})  # the package's own front: they offer what is above them, lazily
 GENERATED = frozenset({"holdfast.agent.wire_pb2"})
 TORCH = frozenset({"holdfast.snapshot.capture", "holdfast.snapshot.state", "holdfast.snapshot.cuda",
-                   "holdfast.snapshot.live", "holdfast.snapshot.replicas", "holdfast.snapshot.streams"})  # fmt: skip
+                   "holdfast.snapshot.live", "holdfast.snapshot.proof", "holdfast.snapshot.replicas",
+                   "holdfast.snapshot.streams"})  # fmt: skip
 
 
 @cache

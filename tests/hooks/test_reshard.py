@@ -44,6 +44,8 @@ def test_every_tensor_comes_back(node: Node, before: tuple[str, int], after: tup
         assert found["loader"] == {"rank": rank % before[1], "position": 7}
         assert (found["again"], found["same"]) == (5, True)
         assert found["restored"]["world"] == before[1]
+        # Under a two-dimensional mesh several images hold what tensor parallelism replicates, of which one is enough.
+        assert found["restored"]["proved_bytes"] > 0 or before[0] == "fsdp2-tp"
         if rank < before[1]:
             assert found["draws"] == taken[rank]["draws"]
 
