@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
+import signal
 import stat
+import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +17,15 @@ import pytest
 from holdfast.agent import combine, rebuild, windows
 from holdfast.agent import wire_pb2 as wire
 from holdfast.agent.arenas import Arenas
-from holdfast.agent.client import WINDOW_BYTES, WINDOW_RANGES
+from holdfast.agent.client import WINDOW_BYTES, WINDOW_RANGES, AgentClient
 from holdfast.agent.settings import NodeSettings
 from holdfast.errors import AgentUnreachable, BudgetExceeded, ConfigError, Corrupt, SnapshotLost
 from holdfast.snapshot.arena import Window
 from holdfast.snapshot.layout import Layout, Slice
-from holdfast.tests.agent.members import JOB, Group, Member, noise, plenty, refusal, run
+from holdfast.tests.agent.members import JOB, WAIT_S, Group, Member, noise, plenty, refusal, run
 from holdfast.tests.agent.test_rebuild import BLOCK, ONE, flip, large, parity, plain, protected
 from holdfast.tests.agent.test_tiers import Agent
+from holdfast.tests.ops.agents import Cluster, Node, small
 from holdfast.tests.storage.broken import Broken, Fault
 
 Parts = Sequence[tuple[int, int]]
@@ -536,3 +540,50 @@ def test_as_many_ranges_as_there_may_be_and_overlapping() -> None:
         assert reply.pulled_bytes == large(1)
 
     with_group("ab", 1, work)
+
+
+# -- real agents ---------------------------------------------------------------------------------------------------------
+
+
+def test_agents_that_are_killed_between_two_reads() -> None:
+    """A reader goes on from what is left when the node that it read from is lost, and from its own agent's successor."""
+    folder = Path(tempfile.mkdtemp(prefix="hfw-", dir="/dev/shm"))
+    cluster = Cluster(folder)
+    try:
+        nodes = cluster.nodes(3)
+        cluster.snapshot(cluster.group(nodes, "2+1"), 0, ONE)
+        said = [held_by(node) for node in nodes]
+        image = wire.MaterialiseRequest(
+            id=group_id(), rank=1, world=3,
+            images=[
+                wire.Source(rank=i.rank, agent=its.agent, address=its.address, checks_crc=i.checks_crc)
+                for its in said
+                for i in its.images
+            ],
+            parities=[wire.ParitySource(parity=p, agent=its.agent, address=its.address) for its in said for p in its.parities],
+        )  # fmt: skip
+        layout, wanted = small(rank=1, world=3)
+        request = question(image, [(9, 20), (0, len(wanted))])
+        answers: list[wire.ReadReply] = []
+        for loss in (None, nodes[1], nodes[0]):
+            if loss is nodes[1]:
+                cluster.lose(loss)
+            elif loss is not None:
+                loss.end(signal.SIGKILL)
+                assert Path(answers[-1].path).exists()
+                nodes[0] = cluster.node(folder="job-n0", listen=loss.listen)
+                assert not Path(answers[-1].path).exists(), "what a killed agent leaves is swept up"
+                cluster.trainer(nodes[0], rank=0, world=3)
+            with AgentClient.at(nodes[0].settings) as client:
+                assert client.describe_image(image, WAIT_S).layout == layout.to_text()
+                answers.append(client.read_ranges(request, WAIT_S))
+            assert content(answers[-1], 20 + len(wanted)) == wanted[9:29] + wanted
+        assert [answer.how.split()[0] for answer in answers] == ["fetched", "rebuilt", "rebuilt"]
+    finally:
+        cluster.close()
+        shutil.rmtree(folder)
+
+
+def held_by(node: Node) -> wire.ImageList:
+    with AgentClient.at(node.settings) as client:
+        return client.inventory(WAIT_S)
