@@ -512,7 +512,7 @@ def test_windows_end_with_their_agent(tmp_path: Path) -> None:
     [
         ([(0, large(0) + 1)], f"bytes up to {large(0) + 1} of an image of {large(0)}"),
         ([(1 << 40, 1)], "of an image of"),
-        ([((1 << 64) - 1, 2)], "of an image are asked for"),
+        ([((1 << 64) - 1, 2)], f"bytes from {(1 << 64) - 1} on of an image are asked for"),
         ([(0, (1 << 64) - 1)] * 2, "a window takes"),
         ([(0, WINDOW_BYTES // 2)] * 3, f"a window takes {WINDOW_BYTES}"),
         ([(0, 1)] * (WINDOW_RANGES + 1), f"{WINDOW_RANGES + 1} ranges"),
@@ -524,8 +524,8 @@ def test_what_is_too_much_or_not_there_is_refused(parts: Parts, message: str) ->
         error = await refusal(read(a, request, parts))
         assert isinstance(error, ConfigError)
         assert message in str(error)
-        error = await refusal(read(a, request, [(0, 1)], window=2))
-        assert isinstance(error, ConfigError)
+        for odd in (question(request, [(0, 1)], window=2), wire.ReadRequest(image=request, table=bytes(24))):
+            assert isinstance(await refusal(a.protector.windows.read(odd)), ConfigError)
         assert (await read(a, request, [(0, 1)] * 2))[0] == images[0][:1] * 2
 
     with_group("ab", 1, work)
@@ -535,8 +535,10 @@ def test_as_many_ranges_as_there_may_be_and_overlapping() -> None:
     async def work(group: Group, images: dict[int, bytes]) -> None:
         draw = random.Random(3)
         parts = [(draw.randrange(large(1) - 40), draw.randrange(40)) for _ in range(WINDOW_RANGES)]
-        data, reply = await read(group.members["a"], group.request(1, ONE), parts)
-        assert data == cut(images[1], parts)
+        request = wire.ReadRequest(image=group.request(1, ONE), table=np.array(parts[1:], "<u8").tobytes())
+        request.ranges.add(offset=parts[0][0], nbytes=parts[0][1])
+        reply = await group.members["a"].protector.windows.read(request)
+        assert content(reply, sum(nbytes for _, nbytes in parts)) == cut(images[1], parts)
         assert reply.pulled_bytes == large(1)
 
     with_group("ab", 1, work)
