@@ -124,9 +124,9 @@ async def _serve(settings: NodeSettings, options: DaemonOptions, version: str, l
     # Trainers see the stream end and keep training; what they had fenced is sealed before we go.
     await asyncio.gather(near.stop(_GRACE_S if removing else 0), far.stop(0))
     await service.quiesce()
-    await service.spiller.close()
     clock.cancel()
-    await protector.close()
+    await protector.close()  # first: whoever reads from a tier has a lease there
+    await service.spiller.close()
     await peers.close()
     await asyncio.to_thread(bulk.close)
     if removing:

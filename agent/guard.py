@@ -202,6 +202,9 @@ class Guard:
     _offers: dict[tuple[int, int, SnapshotId], Offer] = field(default_factory=dict)  # by member, lane and snapshot
     _wanted: dict[SnapshotId, _Wanted] = field(default_factory=dict)
     _attempts: int = 0
+    _kept_alone: bool = (
+        False  # no floor is protected anew, so what the job goes back to stands by kept parity and no other
+    )
 
     # -- who is there ------------------------------------------------------------------------------------------------
 
@@ -212,6 +215,8 @@ class Guard:
         floor: SnapshotId | None,
         cells: Sequence[Sequence[Cell]],
         timeout_s: float,
+        *,
+        kept: bool = False,
     ) -> list[Action]:
         """The job has told who is there. Whatever was known of other agents' images may be of another life of theirs.
 
@@ -220,10 +225,12 @@ class Guard:
             run, floor: the run, and the snapshot that it started from.
             cells: of each lane, as they lie in memory.
             timeout_s: how long a snapshot may take to be guarded.
+            kept: whether the job relies on parity of former groups, here or elsewhere.
         """
         actions: list[Action] = [Abandon(lane.job.attempt) for lane in self._lanes if lane.job]
         self.table, self.run, self.keep, self.timeout_s = table, run, floor, timeout_s
         self._lanes = [_Lane(list(lane)) for lane in cells]
+        self._kept_alone = kept and floor is None
         self._offers.clear()
         self._wanted.clear()
         return actions + [AskOffers(member) for member in self._others()]
@@ -385,7 +392,8 @@ class Guard:
         if going_back and cell.kept:
             return False
         if cell.id == self.keep:
-            if going_back and id > cell.id and any(other.kept for other in self._lanes[lane].cells):
+            kept = self._kept_alone or any(other.kept for other in self._lanes[lane].cells)
+            if going_back and id > cell.id and kept:
                 return True  # the job began to train although not all could protect the floor anew: what is kept counts
             key = self._key(lane, cell.id)
             return key is not None and cell.key != key

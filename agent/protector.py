@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Final
@@ -159,6 +159,9 @@ class Protector:
         floor = id_of(roster.floor) if roster.HasField("floor") else None
         if table is None:
             self._perform(self._guard.assemble(None, roster.run, floor, [], roster.timeout_s))
+            self._arenas.reserve_cells(
+                0, 0, image_bytes=0, table_bytes=0
+            )  # of former groups there may be some to let go
             self._addresses, self._ranks = (), ranks
             return wire.Rostered(alone=True)
         n, m = len(peers), table.tolerance
@@ -192,7 +195,7 @@ class Protector:
         # Before anybody of this group may fill a cell, for which it takes an offer of each: who knew of it may be lost then.
         self._arenas.mark_complete({id_of(p.parity.id) for p in roster.kept})
         cells = [lane[:count] for lane in self._arenas.cells(table.me, kept)[: table.lanes]]
-        actions = self._guard.assemble(table, roster.run, floor, cells, roster.timeout_s)
+        actions = self._guard.assemble(table, roster.run, floor, cells, roster.timeout_s, kept=bool(roster.kept))
         self._ranks = ranks
         self._perform(actions)
         for held in self._arenas.inventory():
@@ -245,12 +248,20 @@ class Protector:
         self._manifests[offer] = manifest
         self._perform(self._guard.recorded(offer, keep, time.monotonic()))
 
-    def complete(self, id: SnapshotId) -> None:
-        """All ranks have sealed *id*, and if it is of this run, what former lives left here is of no use any more."""
+    def complete(self, id: SnapshotId, attached: Collection[int] = ()) -> None:
+        """All ranks have sealed *id*, and if it is of this run, what former lives left here is of no use any more: that of
+        ranks which are elsewhere now, or nowhere.
+
+        *attached*: ranks whose trainers are here, or may be. What those have stays, even of a rank that the job does not know:
+        until it has left, and something newer is complete.
+        """
         if id.run == self._guard.run and self._ranks:
-            gone = self._arenas.let_go(self._ranks)
-            self._ranks = ()
-            self._talk(asyncio.to_thread(release, gone))
+            stay = frozenset(self._ranks).union(attached)
+            gone = self._arenas.let_go(stay)
+            if len(stay) == len(self._ranks):
+                self._ranks = ()
+            if gone:
+                self._talk(asyncio.to_thread(release, gone))
 
     def floor_stands(self) -> None:
         """What the run started from is protected everywhere."""

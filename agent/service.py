@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
@@ -77,6 +78,7 @@ class AgentService:
         self._settings = settings
         self._arenas = arenas
         self._trainers: dict[int, _Trainer] = {}
+        self._admitting: Counter[int] = Counter()  # ranks whose trainers are about to be given slots
         self._reserving = asyncio.Lock()
         self._started_s = time.monotonic()
         self._idle_since_s = time.monotonic()
@@ -91,11 +93,14 @@ class AgentService:
             await context.abort(
                 grpc.StatusCode.INVALID_ARGUMENT, error_text(AgentError("the first message must be Hello"))
             )
+        self._admitting[first.hello.rank] += 1
         try:
             trainer, places = await self._admit(first.hello)
         except HoldfastError as error:
             _log.warning("rank %d refused: %s", first.hello.rank, error)
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error_text(error))
+        finally:
+            self._admitting[first.hello.rank] -= 1
         one_at_a_time = asyncio.Lock()
 
         async def write(message: wire.FromAgent) -> None:
@@ -170,6 +175,11 @@ class AgentService:
         for trainer in self._trainers.values():
             if trainer.write is not None and not trainer.gone.is_set():
                 self._spawn(trainer, _write(trainer.write, message))
+
+    def _attached(self) -> set[int]:
+        """The ranks whose trainers are here, or come just now."""
+        there = {rank for rank, trainer in self._trainers.items() if not trainer.gone.is_set()}
+        return there | {rank for rank, count in self._admitting.items() if count}
 
     def preempt(self, reason: str) -> float:
         """This node will be gone soon. Trainers that declared a grace are told; returns the longest of theirs, 0 without any."""
@@ -272,7 +282,7 @@ class AgentService:
             return
         if isinstance(event, protocol.Copied):
             if event.keep is not None:
-                self.protector.complete(event.keep)
+                self.protector.complete(event.keep, self._attached())
             if message.copied.floor_stands:
                 self.protector.floor_stands()
         elif isinstance(event, protocol.Discarded) and message.discarded.HasField("id"):

@@ -131,11 +131,10 @@ class Windows:
             SnapshotLost: the bytes cannot be had, however often one tries.
             AgentUnreachable, DeadlinePassed, …: what stood in the way may be over at the next try.
         """
-        if not request.ranges:
+        if not request.ranges and not request.table:
             await self.give_back(request.reader)
             return wire.ReadReply()
-        wanted = _wanted(request)
-        nbytes = sum(r.nbytes for r in request.ranges)
+        wanted, nbytes = _wanted(request)
         async with self._lock(request.reader, request.window):
             self._readers.add(request.reader)
             made = asyncio.to_thread(self._arenas.window, request.reader, request.window, nbytes)
@@ -258,21 +257,24 @@ class Windows:
         return pulled_bytes
 
 
-def _wanted(request: wire.ReadRequest) -> Wanted:
-    """The ranges that are asked for. Raises ``ConfigError``."""
-    nbytes = sum(r.nbytes for r in request.ranges)
+def _wanted(request: wire.ReadRequest) -> tuple[Wanted, int]:
+    """The ranges that are asked for, and how many bytes they have together. Raises ``ConfigError``."""
     if request.window >= WINDOWS:
         raise ConfigError(f"window {request.window} is asked for; a reader has {WINDOWS}")
-    if nbytes > WINDOW_BYTES or len(request.ranges) > WINDOW_RANGES:
+    if len(request.table) % 16:
+        raise ConfigError(f"a table of ranges has {len(request.table)} bytes: it takes 16 for each")
+    few = np.array([(r.offset, r.nbytes) for r in request.ranges], np.uint64).reshape(-1, 2)
+    table = np.concatenate([few, np.frombuffer(request.table, "<u8").reshape(-1, 2)])
+    offsets, lengths = table[:, 0], table[:, 1]
+    # One by one first: the sum of any might be small again.
+    if len(table) > WINDOW_RANGES or max(lengths.max(), lengths.sum()) > WINDOW_BYTES:
+        nbytes = sum(lengths.tolist())
         raise ConfigError(
-            f"{nbytes} bytes in {len(request.ranges)} ranges are asked for at once; a window takes {WINDOW_BYTES} in "
-            f"{WINDOW_RANGES}"
+            f"{nbytes} bytes in {len(table)} ranges are asked for at once; a window takes {WINDOW_BYTES} in {WINDOW_RANGES}"
         )
-    if (end := max(r.offset + r.nbytes for r in request.ranges)) > _FAR:
-        raise ConfigError(f"bytes up to {end} of an image are asked for")
-    return Wanted.of(
-        np.array([r.offset for r in request.ranges], np.int64), np.array([r.nbytes for r in request.ranges], np.int64)
-    )
+    if offsets.max() > _FAR:
+        raise ConfigError(f"bytes from {offsets.max()} on of an image are asked for")
+    return Wanted.of(offsets.astype(np.int64), lengths.astype(np.int64)), int(lengths.sum())
 
 
 def _hand_out(held: Bytes, batch: Batch, into: Bytes) -> None:

@@ -7,7 +7,6 @@ needed, into two windows of shared memory: while one is emptied into the live te
 from __future__ import annotations
 
 import logging
-import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from ..agent import wire_pb2 as wire
 from ..agent.client import wire_id
 from ..agent.inventory import parity_source
 from ..errors import SnapshotLost
-from ..snapshot.arena import Slot
+from ..snapshot.arena import Slot, Window
 from ..snapshot.layout import Layout, align
 from ..snapshot.live import Part, Source, SourceImage
 from ..snapshot.record import SnapshotId
@@ -105,7 +104,7 @@ class Windows:
         self._agent = agent
         self._reader = reader
         self._timeout_s = timeout_s
-        self._maps: dict[str, mmap.mmap] = {}
+        self._maps: dict[str, Window] = {}
 
     def read(self, image: wire.MaterialiseRequest, ranges: Sequence[tuple[int, int]], window: int) -> Bytes:
         """The bytes of these (start, end) ranges, one after the other; theirs until the same window is asked for again."""
@@ -118,10 +117,10 @@ class Windows:
         reply = self._agent.read_ranges(request, self._timeout_s)
         self.pulled_bytes += reply.pulled_bytes
         nbytes = sum(end - start for start, end in ranges)
-        if reply.path not in self._maps or len(self._maps[reply.path]) < nbytes:  # the agent may have made a larger one
-            with open(reply.path, "r+b") as file:
-                self._maps[reply.path] = mmap.mmap(file.fileno(), 0)
-        return np.frombuffer(self._maps[reply.path], np.uint8, nbytes)
+        mapped = self._maps.get(reply.path)
+        if mapped is None or not mapped.in_place:  # it had to grow, or was made by another agent: the old one is stale
+            mapped = self._maps[reply.path] = Window.open(reply.path)
+        return mapped.bytes[:nbytes]
 
     def close(self) -> None:
         """Have the agent take the windows back."""

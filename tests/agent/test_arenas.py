@@ -11,12 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from holdfast.agent import wire_pb2 as wire
 from holdfast.agent.arenas import Arenas
 from holdfast.agent.budget import Memory
+from holdfast.agent.guard import Accumulate, Cell, Guard, Offer, Stage, Table
 from holdfast.agent.manifest import CellTable
 from holdfast.agent.settings import NodeSettings
 from holdfast.errors import BudgetExceeded
 from holdfast.snapshot.arena import Slot
+from holdfast.snapshot.record import SnapshotId
 from holdfast.tests.agent.members import JOB, Group, Member, noise, plenty, run, snapshot
 
 SIZE = 1 << 20
@@ -182,3 +185,116 @@ def test_a_late_word_on_the_last_run_frees_nothing_that_the_new_one_looks_for(mo
             await group.until("released", lambda: a.image(1, ONE) is None)
 
     run(work)
+
+
+# -- another world -------------------------------------------------------------------------------------------------------
+
+AGAIN = uuid.UUID(int=2).hex
+
+
+def _slots(member: Member) -> list[int]:
+    """Whose slots there are."""
+    return sorted({int(path.name[5:10]) for path in member.folder.glob("rank-*")})
+
+
+def test_images_of_ranks_that_are_no_more_go_with_the_first_complete_snapshot() -> None:
+    """Not with one of the last run, nor while somebody of that number is attached; also without a group."""
+
+    async def work() -> None:
+        async with Group("a", "b") as group:
+            await group.assemble({"a": [0, 1, 2, 3], "b": [4]}, "1+1")
+            a = group.members["a"]
+            for rank in range(4):
+                a.record(rank, ONE, noise(1000, rank))
+            await group.assemble({"a": [0, 1]}, "off", run=AGAIN)
+            a.protector.complete(ONE, {0, 1, 3})
+            assert _slots(a) == [0, 1, 2, 3]
+            a.protector.complete(snapshot(2, 2, AGAIN), {0, 1, 3})
+            assert _slots(a) == [0, 1, 3]
+            a.protector.complete(snapshot(3, 2, AGAIN), {0, 1})
+            assert _slots(a) == [0, 1]
+            assert not list(a.folder.glob("lane-*")), "nobody protects any more"
+
+    run(work)
+
+
+def test_a_world_that_grows_has_room_beside_the_old_one_or_is_refused(folder: Path) -> None:
+    arenas = arenas_in(folder, limit_bytes=5 * SIZE)
+    arenas.reserve(0, 2, image_bytes=SIZE, table_bytes=4096)
+    arenas.reserve(1, 1, image_bytes=SIZE, table_bytes=4096)
+    with pytest.raises(BudgetExceeded, match=rf"would take \d+ bytes of memory, {5 * SIZE} are allowed"):
+        arenas.reserve(2, 2, image_bytes=SIZE, table_bytes=4096)
+    assert len(arenas.reserve(2, 1, image_bytes=SIZE, table_bytes=4096)) == 1
+    for slot in arenas.let_go([0, 2]):
+        slot.close()
+    assert len(arenas.reserve(3, 1, image_bytes=SIZE, table_bytes=4096)) == 1
+    arenas.remove()
+    arenas.close()
+
+
+async def _snap(group: Group, ranks: dict[str, list[int]], id: SnapshotId, keep: SnapshotId | None) -> dict[int, bytes]:
+    """Every rank records an image of *id*, and all is guarded; the images."""
+    images = {rank: noise(70_000 + rank, (rank, id)) for its in ranks.values() for rank in its}
+    for name, its in ranks.items():
+        for rank in its:
+            group.members[name].record(rank, id, images[rank], index=1 - id.step % 2)
+            group.members[name].protector.recorded(rank, id, keep)
+    await group.until(f"{id} guarded", lambda: all(id in group.members[name].guarded() for name in ranks))
+    return images
+
+
+def test_what_the_job_stands_by_outlasts_a_change_of_world() -> None:
+    """Six ranks on three nodes become two on two of them. Nothing of the old world is protected anew: its images and its parity
+    stay until a snapshot of the new one is complete, whatever is given up before; then they go."""
+
+    async def work() -> None:
+        old, new = {"a": [0, 3], "b": [1, 4], "c": [2, 5]}, {"a": [0], "b": [1]}
+        async with Group(*old) as group:
+            await group.assemble(old, "2+1")
+            images = await _snap(group, old, ONE, None)
+            members = [group.members[name] for name in new]
+            roster = group.roster(new, "1+1", run=AGAIN)
+            roster.kept.extend(group.request(0, ONE).parities)
+            roster.kept.extend(group.request(3, ONE).parities)
+            for member in members:
+                await member.protector.assemble(roster)
+            first, second, third = (snapshot(step, 2, AGAIN) for step in (2, 4, 5))
+            await _snap(group, new, first, ONE)
+            for member in members:
+                member.protector.withdrawn(first)  # some rank gave it up
+            await _snap(group, new, second, ONE)
+            await group.lose("c")
+            for rank in (2, 5):
+                ask = wire.ReadRequest(
+                    image=group.request(rank, ONE), ranges=[wire.Range(offset=3, nbytes=69_997 + rank)]
+                )
+                reply = await members[0].protector.windows.read(ask)
+                assert reply.how.startswith("rebuilt")
+                assert Path(reply.path).read_bytes()[: len(images[rank]) - 3] == images[rank][3:]
+            for member in members:
+                member.protector.complete(second)
+            assert [_slots(member) for member in members] == [[0], [1]]
+            await _snap(group, new, third, second)
+            for member in members:
+                assert {id for _, id, _ in member.arenas.tables()} == {second, third}
+                assert sorted(path.name for path in member.folder.glob("lane-*")) == [
+                    "lane-00000.cell-0",
+                    "lane-00000.cell-1",
+                ]
+
+    run(work)
+
+
+def test_parity_that_is_not_relied_on_is_no_obstacle_when_the_world_changes() -> None:
+    """Both cells hold parity of the snapshot that the job goes back to, and that of others is what it stands by."""
+    cells = [[Cell(Stage.HELD, ONE, 1), Cell(Stage.HELD, ONE, 2)]]
+    table = Table(("a", "b"), ((0,), (1,)), 0, 1)
+    id = snapshot(2, 2, AGAIN)
+    offers = [Offer(member, 0, member, id, 9, 1000, 1 << 16, member) for member in (0, 1)]
+    for kept, floor in ((True, None), (False, None), (True, ONE)):
+        guard = Guard()
+        guard.assemble(table, AGAIN, floor, cells, 60.0, kept=kept)
+        guard.offered(offers[1], 0.0)
+        actions = guard.recorded(offers[0], ONE, 0.0)
+        begun = any(isinstance(action, Accumulate) for action in actions)
+        assert begun == (kept and floor is None)

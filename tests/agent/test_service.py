@@ -26,7 +26,7 @@ from holdfast.errors import (
     RankTaken,
     SnapshotUnknown,
 )
-from holdfast.snapshot.arena import Slot
+from holdfast.snapshot.arena import Slot, Window
 from holdfast.snapshot.layout import Layout, Slice
 from holdfast.snapshot.record import new_nonce
 from holdfast.storage.tiers import Tier, TierSettings
@@ -431,3 +431,32 @@ def test_a_slot_file_that_vanished_under_the_agent(node: Node) -> None:
     finally:
         if again is not None:
             again.die()
+
+
+# -- windows -------------------------------------------------------------------------------------------------------------
+
+
+def test_parts_of_images_are_for_whoever_is_attached(node: Node, trainer: Trainer) -> None:
+    """Over the Unix socket only; and when its stream ends, the windows go with it."""
+    trainer.sealed(7)
+    image = wire.MaterialiseRequest(id=wire.Id(run=RUN, generation=1, step=7), rank=0, world=4)
+    image.images.add(rank=0, agent=node.status().agent)
+    request = wire.ReadRequest(image=image, ranges=[wire.Range(offset=4000, nbytes=90), wire.Range(nbytes=6)], reader=0)
+    with AgentClient.at(node.settings) as client:
+        said = client.describe_image(image, WAIT_S)
+        assert (said.layout, said.image_bytes) == (LAYOUT.to_text(), 4096)
+        window = Window.open(client.read_ranges(request, WAIT_S).path)
+        assert bytes(window.bytes[:96]) == bytes([7]) * 96
+        assert client.status().reserved_bytes > window.bytes.nbytes
+        request.reader = 1
+        with pytest.raises(AgentError, match="rank 1 is not attached"):
+            client.read_ranges(request, WAIT_S)
+        with AgentClient(node.status().listen) as peer, pytest.raises(AgentUnreachable, match="Method not found"):
+            peer.read_ranges(request, WAIT_S)
+        trainer.die()
+        until(lambda: not window.in_place, "the window to go")
+        request.reader = 0
+        with pytest.raises(AgentError, match="rank 0 is not attached"):
+            client.read_ranges(request, WAIT_S)
+        assert not list(node.shm.glob("window-*"))
+    window.close()

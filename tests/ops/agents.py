@@ -152,9 +152,9 @@ class Cluster:
         self._nodes: list[Node] = []
         self.trainers: list[Trainer] = []
 
-    def node(self, job: str = "job", name: str = "n0", **options: Any) -> Node:
+    def node(self, job: str = "job", name: str = "n0", folder: str = "", **options: Any) -> Node:
         """A node, ready."""
-        node = self._start(job, job, name, **options)
+        node = self._start(folder or job, job, name, **options)
         node.await_ready()
         return node
 
