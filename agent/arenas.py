@@ -30,6 +30,7 @@ from .guard import Cell, Stage
 from .manifest import CellTable, Manifest
 from .protocol import Flight
 from .settings import NodeSettings, job_hash
+from .sums import Sums
 from .tasks import to_the_end
 
 _log = logging.getLogger(__name__)
@@ -329,14 +330,19 @@ class Arenas:
         slot.write_record(record)
         slot.commit(record.nonce)
 
+    def sums(self, slot: Slot, image_bytes: int) -> Sums:
+        """For an image of so many bytes that is about to arrive in *slot*, piece by piece."""
+        return Sums(slot.image[:image_bytes], block_bytes_for(image_bytes), self._pool)
+
     def seal_read(
-        self, slot: Slot, id: SnapshotId, *, rank: int, world: int, watermark: int, image_bytes: int, layout: bytes
-    ) -> Record:
-        """The image's bytes are in the slot, as a tier had them, each piece verified: checksum it and make it count.
+        self, slot: Slot, id: SnapshotId, *, rank: int, world: int, watermark: int, image_bytes: int, layout: bytes,
+        sums: Sums,
+    ) -> Record:  # fmt: skip
+        """The image's bytes are in the slot, as a tier had them, each piece verified: make it count, with its *sums*.
 
         Called in a worker thread. It was complete on all ranks: nothing else is spilled.
         """
-        checks = slot.checksums(image_bytes, block_bytes_for(image_bytes), self._pool)
+        checks = sums.result()
         slot.write_tables(checks, layout)
         record = Record(
             id=id, watermark=watermark, rank=rank, world=world, job=self._job, image_bytes=image_bytes,

@@ -415,12 +415,13 @@ class Tiers:
             sizes = {"image_bytes": entry.image_bytes, "table_bytes": table_bytes_for(entry.image_bytes, len(layout))}
             slot = await stack.enter_async_context(self._arenas.filling(rank, id, apart=apart, **sizes))
             reader = ImageReader(entry, stores, self.memory)
-            await reader.read_image(slot.image[: entry.image_bytes])
+            sums = self._arenas.sums(slot, entry.image_bytes)
+            await reader.read_image(slot.image[: entry.image_bytes], landed=sums.landed)
             for damage in reader.damaged:
                 _log.warning("%s of rank %d: %s in %s: %s", id, rank, damage.key, damage.url, damage.reason)
             sealed = partial(
                 self._arenas.seal_read, slot, id, rank=rank, world=world, watermark=entry.watermark,
-                image_bytes=entry.image_bytes, layout=layout,
+                image_bytes=entry.image_bytes, layout=layout, sums=sums,
             )  # fmt: skip
             record = await to_the_end(asyncio.to_thread(sealed))
         how = f"read from {' and '.join(dict.fromkeys(store.url for store in stores[: 1 + bool(reader.damaged)]))}"

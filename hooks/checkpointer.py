@@ -32,11 +32,10 @@ from ..errors import HoldfastError, SnapshotSkipped, StateUnreachable
 from ..snapshot.arena import Slot
 from ..snapshot.beat import NONE, Agreed
 from ..snapshot.capture import Binding, Capture, Copier, copier_for
-from ..snapshot.codec import encode
+from ..snapshot.eager import Values
 from ..snapshot.record import SnapshotId, table_bytes_for
 from ..snapshot.recovery import HeldParity, Relied, plan, relied_on
 from ..snapshot.selection import Selection
-from ..snapshot.state import to_leaf
 from ..storage.tiers import Tier
 from .arrivals import Arrivals, taken
 from .binder import Binder
@@ -136,7 +135,7 @@ class Checkpointer:
         self._floor: SnapshotId | None = None
         self._torch_hooks: list[RemovableHandle] = []
         self._closed, self._reported_s = False, -_REPORT_EVERY_S
-        self._objection = ""
+        self._objection, self._text_bytes = "", 0
         self._digest: tuple[int, int] | None = None
         with ExitStack() as undo:
             undo.callback(self._ranks.close)
@@ -371,12 +370,8 @@ class Checkpointer:
             handle.remove()
         # Each by itself: whatever one meets, the others let go too.
         ended = ended and not self._ending.over  # who is preempted comes back
-        for part in (
-            self._notice.close,
-            self._copier.close,
-            lambda: self._holding.close(ended=ended),
-            self._ranks.close,
-        ):
+        parts = (self._notice.close, self._copier.close, lambda: self._holding.close(ended=ended), self._ranks.close)
+        for part in parts:
             with self._books.guard("close"):
                 part()
 
@@ -392,10 +387,11 @@ class Checkpointer:
 
     def _end_step(self, step: int, *, wanted: bool) -> Ticket:
         ticket = Ticket(step, "trouble")
-        with self._books.guard("fence"):
-            self._close_window()
-        with self._books.guard("layout"):
-            if not self._binder.started:
+        if self._flight is not None:
+            with self._books.guard("fence"):
+                self._close_window()
+        if not self._binder.started:
+            with self._books.guard("layout"):
                 self._start_fresh_or_not(step)
                 self._binder.first(self._deadlines.attach)
         with self._books.guard("step"):
@@ -415,10 +411,10 @@ class Checkpointer:
             finally:
                 if verdict.stop:  # whatever happened here: the other ranks wait for this one
                     self._last_step(ticket if verdict.take else None)
-        with self._books.guard("report"):
-            self._books.end_step()
-            if ticket.id is None:
+        if ticket.id is None:
+            with self._books.guard("report"):
                 self._report(step)
+        self._books.end_step()
         return ticket
 
     def _start_fresh_or_not(self, step: int) -> None:
@@ -453,9 +449,8 @@ class Checkpointer:
         binding = self._binder.current()
         if binding is None:
             return "new-layout"
-        encoded = encode(self._state.values(binding.survey), "state", to_leaf)
-        offset = binding.layout.values_offset
-        image_bytes = offset + encoded.nbytes
+        values, offset = Values(self._state, binding.survey, self._text_bytes), binding.layout.values_offset
+        image_bytes = offset + values.nbytes
         slot = self._holding.open(
             id, keep=self._keep(), image_bytes=image_bytes, table_bytes=table_bytes_for(image_bytes, len(binding.text))
         )
@@ -464,17 +459,21 @@ class Checkpointer:
                 "over-budget" if self._holding.over_budget(image_bytes) else self._holding.objection() or "slots-busy"
             )
         self._holding.describe(binding.layout.number, binding.text)
-        encoded.write_into(slot.image[offset:])
+        values.release(slot.image[offset:])
         capture = Capture(binding, self._copier, id.step, lambda: self._binder.still_true(binding))
         self._flight = _Flight(id, capture)
-        capture.start(slot, lambda seconds: self._copied(id, binding, image_bytes, seconds))
+        capture.start(slot, lambda seconds: self._copied(id, binding, values, seconds))
         self._digest = None if capture.digest is None else (id.step, capture.digest)
         return None
 
-    def _copied(self, id: SnapshotId, binding: Binding, image_bytes: int, seconds: float) -> None:
-        """On the copying thread: every byte has landed."""
+    def _copied(self, id: SnapshotId, binding: Binding, values: Values, seconds: float) -> None:
+        """On the copying thread: every byte of the tensors has landed."""
         self._stats.copy_s = seconds
-        self._holding.copied(id, binding.layout.number, image_bytes)
+        reason = self._holding.copied(id, binding.layout, values)
+        self._text_bytes = (
+            0 if reason else values.text_bytes
+        )  # 0: the next are encoded before a slot is chosen for them
+        self._books.skip(reason)
         self._report(id.step)
 
     def _close_window(self) -> None:

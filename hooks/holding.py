@@ -19,6 +19,8 @@ from ..crashpoints import reach
 from ..errors import AgentUnreachable, DeadlinePassed, HoldfastError, SnapshotSkipped
 from ..snapshot.arena import Place, Slot, measure
 from ..snapshot.beat import NONE
+from ..snapshot.eager import Values
+from ..snapshot.layout import Layout
 from ..snapshot.record import SnapshotId, new_nonce
 from ..snapshot.slots import Event, SlotState, Stage, find, overwritable
 
@@ -27,6 +29,7 @@ _RETRY_FROM_S: Final = 0.05
 _RETRY_UP_TO_S: Final = 2.0
 _ROOM_BYTES: Final = 256 << 10
 _NEVER: Final = 1 << 62  # no image is that large
+_NO_PINS: Final[frozenset[SnapshotId]] = frozenset()
 _OUTCOMES: Final = 8  # answers about spills that are remembered
 
 
@@ -103,7 +106,8 @@ class Holding:
         self._roster: wire.FromTrainer | None = None
         self._floor_stands = False
         self._rostered: wire.Rostered | None = None
-        self._changed = threading.Condition(threading.RLock())
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)  # what the training thread calls takes the lock itself, in C
         self._states: list[SlotState] = []
         self._slots: list[Slot] = []
         self._flights: dict[int, _Flight] = {}
@@ -124,7 +128,7 @@ class Holding:
 
     def objection(self) -> str | None:
         """Why no slot could be filled now, or None. Assumes that what is sealed here soon is complete everywhere."""
-        with self._changed:
+        with self._lock:
             if self._attachment is None:
                 return "agent-away"
             sealed = [s.id for s in self._states if s.stage is Stage.SEALED and s.id is not None]
@@ -148,7 +152,7 @@ class Holding:
             keep: the newest snapshot known complete on all ranks. It, and everything newer, is left alone.
             image_bytes, table_bytes: what must fit.
         """
-        with self._changed:
+        with self._lock:
             index = overwritable(self._states, keep, self._pins())
             if index is None or self._attachment is None:
                 return None
@@ -169,32 +173,48 @@ class Holding:
 
     def describe(self, number: int, text: bytes) -> None:
         """Tell the agent of a layout, before the first image that has it."""
-        with self._changed:
+        with self._lock:
             if text is not self._layout_text:
                 self._layout_text = text
                 self._layout = wire.FromTrainer(layout=wire.LayoutText(number=number, text=text))
                 self._send(self._layout)
 
-    def copied(self, id: SnapshotId, layout: int, image_bytes: int) -> None:
-        """Every byte of the image is in its slot. Only now does the agent hear of it: a message takes the interpreter
-        for a moment, and on the copying thread that moment is not the training's."""
-        with self._changed:
+    def copied(self, id: SnapshotId, layout: Layout, values: Values) -> str | None:
+        """Every byte of the tensors is in the slot; have *values* there, too. Returns why that could not be, else None; the
+        snapshot is given up then.
+
+        Only now does the agent hear of it: a message takes the interpreter for a moment, and on the copying thread that
+        moment is not the training's.
+        """
+        try:
+            values.encode()
+        except Exception as error:  # noqa: BLE001 - the copying thread must go on, whatever the values are
+            _log.warning("the values of %s cannot be encoded: %s", id, error)
+            self.discard(id, str(error))
+            return f"error: {type(error).__name__}"
+        with self._lock:  # also while the values are written: the slot must not get to another snapshot meanwhile
             index = find(self._states, id)
             if index is None:
-                return
+                return None
+            image_bytes = layout.values_offset + values.nbytes
+            if image_bytes > self._slots[index].place.image_bytes:
+                self.discard(id, "its values have outgrown the slot")
+                return "slot-growing"
+            values.write(self._slots[index].image[layout.values_offset :])
             flight = self._flights[index]
             copied = wire.Copied(
                 slot=index, nonce=flight.nonce, run=id.run, generation=id.generation, step=id.step,
-                watermark=flight.watermark, layout=layout, image_bytes=image_bytes, keep=flight.keep,
+                watermark=flight.watermark, layout=layout.number, image_bytes=image_bytes, keep=flight.keep,
                 floor_stands=self._floor_stands, persisted=self.persisted + 1,
             )  # fmt: skip
             flight.copied = wire.FromTrainer(copied=copied)
             self._send(flight.copied)
             self._nonce = self._nonce or new_nonce()  # drawn ahead: the training thread need not ask the system for it
+            return None
 
     def fenced(self, id: SnapshotId) -> None:
         """The copy is exact. With the agent's record, written before or after this, the snapshot is sealed."""
-        with self._changed:
+        with self._lock:
             index = find(self._states, id)
             if index is None:
                 return
@@ -222,7 +242,7 @@ class Holding:
 
     def mark_complete(self, id: SnapshotId) -> None:
         """All ranks have *id*: said in its slot, before anything is overwritten that the job would else go back to."""
-        with self._changed:
+        with self._lock:
             self._complete = max(filter(None, (id, self._complete)))
             index = find(self._states, id)
             if index is not None and self._states[index].stage is Stage.SEALED:
@@ -289,6 +309,8 @@ class Holding:
                 raise error
 
     def _pins(self) -> frozenset[SnapshotId]:
+        if not self._pinned:
+            return _NO_PINS
         now_s = time.monotonic()
         self._pinned = {id: until_s for id, until_s in self._pinned.items() if until_s > now_s}
         return frozenset() if self.ending else frozenset(self._pinned)
@@ -328,7 +350,7 @@ class Holding:
 
     def held(self) -> dict[SnapshotId, bool]:
         """What is in this rank's slots, or on its way there; and whether this node has done all it can to keep it."""
-        with self._changed:
+        with self._lock:
             return {s.id: s.stage is Stage.SEALED and self._is_guarded(s.id) for s in self._states if s.id is not None}
 
     def _is_guarded(self, id: SnapshotId) -> bool:

@@ -109,7 +109,8 @@ class Spilling:
 
     def advance(self, step: int) -> None:
         """All up to *step* are complete on all ranks: those that are marked are spilled."""
-        self._spill(self._ready(step))
+        if self.tiers:
+            self._spill(self._ready(step))
 
     def _spill(self, ready: Iterable[tuple[SnapshotId, int]]) -> None:
         for id, tiers in ready:

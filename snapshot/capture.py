@@ -35,7 +35,7 @@ from ..errors import DeadlinePassed, StateRefused
 from .arena import Slot
 from .layout import Layout, Slice
 from .state import Item, Survey
-from .vectored import Regions
+from .vectored import WORD_BYTES, Regions, Words, words_of
 
 # Larger contiguous tensors are copied by the C library, which streams past the cache: as fast on one thread as torch's
 # copy on two. Smaller ones go all in one call, which saves the round trips.
@@ -53,23 +53,36 @@ _version = attrgetter("_version")
 class Parts:
     """Rows of live tensors and the byte of the image where each goes, contiguous there and 64-byte aligned.
 
-    Three ways of copying: large contiguous CPU tensors one by one, small ones all in one call, all others by torch.
+    Four ways of copying: large contiguous CPU tensors one by one, small ones all in one call, tiny ones all in another, all
+    others by torch.
     """
 
     def __init__(self, parts: Sequence[tuple[torch.Tensor, int]]) -> None:
         plain = [(t, o) for t, o in parts if t.device.type == "cpu" and t.is_contiguous()]
         self._alive = [tensor for tensor, _ in parts]
-        self.streamed = [(t.data_ptr(), o, t.nbytes) for t, o in plain if t.nbytes >= _STREAM_FROM_BYTES]
-        small = [(t.data_ptr(), o, t.nbytes) for t, o in plain if t.nbytes < _STREAM_FROM_BYTES]
+        self.streamed: list[tuple[int, int, int]] = []
+        small: list[tuple[int, int, int]] = []
+        tiny: list[tuple[int, int, int]] = []
+        for tensor, offset in plain:
+            address, nbytes = tensor.data_ptr(), tensor.nbytes
+            words = nbytes <= _TINY_BYTES and (address | nbytes) % WORD_BYTES == 0
+            kind = self.streamed if nbytes >= _STREAM_FROM_BYTES else tiny if words else small
+            kind.append((address, offset, nbytes))
         self._small = Regions([address for address, _, _ in small], [nbytes for _, _, nbytes in small])
         self._small_offsets = np.array([offset for _, offset, _ in small], np.uint64)
+        self._tiny = Words([(address, nbytes) for address, _, nbytes in tiny]) if tiny else None
+        self._tiny_places = words_of((offset, nbytes) for _, offset, nbytes in tiny)
         self.others = [(t, o) for t, o in parts if t.device.type != "cpu" or not t.is_contiguous()]
         self.other_tensors = [tensor for tensor, _ in self.others]
         self._views: dict[int, list[torch.Tensor]] = {}
 
-    def copy_small(self, base: int) -> None:
-        """Copy all small parts into the image at address *base*."""
-        self._small.moved_to(self._small_offsets + np.uint64(base)).copy_from(self._small)
+    def copy_small(self, image: npt.NDArray[np.uint8]) -> None:
+        """Copy all small and tiny parts into *image*."""
+        if len(self._small):
+            base = np.uint64(image.ctypes.data)
+            self._small.moved_to(self._small_offsets + base).copy_from(self._small)
+        if self._tiny is not None:
+            image.view(np.uint32)[self._tiny_places] = self._tiny.read()
 
     def views(self, slot: Slot) -> list[torch.Tensor]:
         """Where the others go: tensors over the slot's image, made once per slot, since that takes longer than
@@ -289,7 +302,7 @@ class CpuCopier(Copier):
         self._work.put(lambda: self._copy(binding, slot, after, done))
 
     def fence(self, timeout_s: float) -> None:
-        if not self._landed.wait(timeout_s):
+        if not (self._landed.is_set() or self._landed.wait(timeout_s)):
             raise DeadlinePassed(f"the copy into the slot did not end within {timeout_s:g} s")
         error, self._error = self._error, None
         if error is not None:
@@ -324,12 +337,12 @@ class CpuCopier(Copier):
 def copy_now(parts: Parts, slot: Slot, inside: Callable[[], None] = lambda: None) -> None:
     """Copy every part into the slot's image, on this thread, without the GIL. *inside* is called half-way."""
     image = slot.image  # keeps the mapping alive, whatever becomes of the slot
-    base = int(image.ctypes.data)
+    base = int(image.ctypes.data) if parts.streamed else 0
     for source, offset, nbytes in parts.streamed:
         for piece in range(0, nbytes, _PIECE_BYTES):
             ctypes.memmove(base + offset + piece, source + piece, min(_PIECE_BYTES, nbytes - piece))
     inside()
-    parts.copy_small(base)
+    parts.copy_small(image)
     if parts.others:
         with torch.no_grad():
             torch._foreach_copy_(parts.views(slot), parts.other_tensors)

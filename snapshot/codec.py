@@ -124,6 +124,7 @@ class Encoded:
     """An encoded state, its arrays still where the caller has them: they must not change before ``write_into``."""
 
     nbytes: int
+    text_bytes: int
     _head: bytes
     _arrays: tuple[tuple[int, npt.NDArray[Any]], ...]
 
@@ -171,12 +172,16 @@ def encode(value: object, path: str, leaf: EncodeLeaf | None = None) -> Encoded:
         node = encoder.value(value, 0)
     except _Refusal as refusal:
         raise StateRefused(refusal.message(path)) from None
+    return _encoded(encoder, node)
+
+
+def _encoded(encoder: _Encoder, node: Node) -> Encoded:
     text = _to_json(node).encode("utf-8", "surrogatepass")
     raw_start = _aligned(_HEADER_BYTES + len(text))
     nbytes = raw_start + encoder.end
     prefix, sizes = _PREFIX.pack(_MAGIC, _VERSION), _SIZES.pack(len(text), nbytes)
     head = b"".join((prefix, _CRC.pack(_checksum(prefix, sizes, text)), sizes, text))
-    return Encoded(nbytes, head, tuple((raw_start + at, array) for at, array in encoder.arrays))
+    return Encoded(nbytes, len(text), head, tuple((raw_start + at, array) for at, array in encoder.arrays))
 
 
 def decode(buffer: Buffer, leaf: DecodeLeaf | None = None) -> object:
@@ -482,6 +487,31 @@ class _Encoder:
         except _Refusal as refusal:
             raise refusal.leave(value, step) from None
         return {"$": type(value).__name__, "v": nodes}
+
+
+class Draft(_Encoder):
+    """A dict that is encoded in two steps: its items are taken now, and made into bytes later, on any thread."""
+
+    __slots__ = ("_nodes", "_path")
+
+    def __init__(self, path: str, leaf: EncodeLeaf | None = None) -> None:
+        super().__init__(leaf)
+        self._nodes, self._path = dict[str, Node](), path
+
+    def take(self, key: str, value: object) -> None:
+        """Take *value* as item *key*; its arrays are borrowed until ``own``, or all is written. Raises as ``encode``."""
+        try:
+            self._nodes[key] = self.value(value, 1)
+        except _Refusal as refusal:
+            raise StateRefused(refusal.leave(self._nodes, f"[{key!r}]").message(self._path)) from None
+
+    def own(self) -> None:
+        """Copy all arrays taken so far: their owners may change them from here on."""
+        self.arrays = [(at, array.copy()) for at, array in self.arrays]
+
+    def encoded(self) -> Encoded:
+        """All of it."""
+        return _encoded(self, self._nodes)
 
 
 _ENCODERS: Final[dict[type, Callable[[_Encoder, Any, int], Node]]] = {

@@ -35,7 +35,7 @@ from .codec import Raw, Tagged
 from .layout import ITEM_BYTES, Slice, room
 from .partition import chunk_bytes, gridded
 from .selection import ALL, Misfits, Selection, misfits
-from .streams import python_state, random_state, set_python_state, set_random_state
+from .streams import RandomState, python_state, set_python_state, set_random_state
 from .values import Hyperparameters, joined
 
 _WRAPPERS: Final = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
@@ -238,6 +238,10 @@ class TrainingState:
 
     def values(self, survey: Survey) -> dict[str, Any]:
         """Everything that is no tensor of *survey*, as it is now; a tree for ``codec.encode`` with ``to_leaf``."""
+        return {**self.own_values(survey), "rng": RandomState().tree()}
+
+    def own_values(self, survey: Survey) -> dict[str, Any]:
+        """``values`` but for the global random generators; parts of it are the live objects."""
         return {
             "groups": {
                 name: [_options(group, names) for group, names in zip(o.param_groups, survey.groups[name], strict=True)]
@@ -247,7 +251,6 @@ class TrainingState:
             "loose": {name: _loose_state(o) for name, o in self.optimizers.items()} if survey.loose else {},
             "modules": {key: module.get_extra_state() for key, module in survey.stateful.items()},
             "extras": {name: _adapter_of(extra)[0]() for name, extra in self._extras.items()},
-            "rng": random_state(),
         }
 
     def _plain_state(self) -> dict[str, dict[str, Any]]:

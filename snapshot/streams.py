@@ -6,25 +6,45 @@ import hashlib
 import random
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
 
+_ROOM_BYTES: Final = 16 << 10
 
-def random_state() -> dict[str, Any]:
-    """The state of every global random generator of this process; draws from none of them."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    return {
-        "python": python_state(random),
-        "numpy": np.random.get_state(legacy=False),
-        "torch": torch.get_rng_state().numpy(),
-        "cuda": cuda,
-    }
+
+class RandomState:
+    """The state of every global random generator of this process, as it was when this was made; drawn from none of them.
+
+    All of it is this object's own, so it may be made into values later, on any thread: that takes as long again.
+    """
+
+    __slots__ = ("_cuda", "_numpy", "_python", "_torch")
+
+    def __init__(self) -> None:
+        self._python = random.getstate()
+        self._numpy = np.random.get_state(legacy=False)
+        self._torch = torch.default_generator.get_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+
+    @property
+    def nbytes(self) -> int:
+        """More than its arrays take, encoded."""
+        return _ROOM_BYTES + 2 * sum(state.nbytes for state in self._cuda)
+
+    def tree(self) -> dict[str, Any]:
+        """As ``codec.encode`` and ``set_random_state`` take it."""
+        return {
+            "python": _python_tree(self._python),
+            "numpy": self._numpy,
+            "torch": self._torch.numpy(),
+            "cuda": self._cuda,
+        }
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put back what ``random_state`` returned. CUDA devices beyond those that were captured keep their streams."""
+    """Put back what ``RandomState.tree`` returned. CUDA devices beyond those that were captured keep their streams."""
     set_python_state(random, state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(torch.from_numpy(state["torch"]))
@@ -35,7 +55,11 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 def python_state(source: Any) -> list[Any]:
     """The state of a ``random.Random``, or of the module itself."""
-    version, words, gauss = source.getstate()
+    return _python_tree(source.getstate())
+
+
+def _python_tree(state: tuple[Any, ...]) -> list[Any]:
+    version, words, gauss = state
     return [version, np.frombuffer(array("I", words), np.uint32), gauss]
 
 
@@ -46,7 +70,7 @@ def set_python_state(source: Any, state: Sequence[Any]) -> None:
 
 
 def stream_digests(state: Mapping[str, Any]) -> dict[str, str]:
-    """A digest of each part of ``random_state``: where all ranks say the same, they draw the same numbers."""
+    """A digest of each part of ``RandomState.tree``: where all ranks say the same, they draw the same numbers."""
     return {part: hashlib.blake2b(_bits(value), digest_size=16).hexdigest() for part, value in state.items()}
 
 
@@ -54,7 +78,7 @@ def fresh_streams(state: Mapping[str, Any], parts: Sequence[str], purpose: str) 
     """*state*, with streams of their own for these *parts*: seeded with the SHA-256 of *purpose* and the part's name.
 
     Args:
-        state: as ``random_state`` returns it, of some rank.
+        state: as ``RandomState.tree`` returns it, of some rank.
         parts: keys of it.
         purpose: text that tells this rank, and this restore, from any other.
     """

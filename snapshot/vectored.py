@@ -2,7 +2,8 @@
 
 A thousand small tensors cost a millisecond of Python or of torch's argument parsing, during which training cannot run its
 own Python. ``process_vm_readv`` on one's own process takes arrays of (address, length) and copies in the kernel, at the
-speed of memory and 0.2 µs per piece. Where a sandbox forbids it, pieces are copied one by one.
+speed of memory and 0.2 µs per piece. Where a sandbox forbids it, pieces are copied one by one. Pieces of a few bytes
+are gathered by NumPy (``Words``).
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Final
 
 import numpy as np
@@ -19,6 +21,7 @@ import numpy.typing as npt
 _log = logging.getLogger(__name__)
 _AT_ONCE: Final = 1024  # IOV_MAX
 _PIECE_BYTES: Final = 16  # struct iovec
+WORD_BYTES: Final = 4
 
 
 class Regions:
@@ -59,6 +62,42 @@ class Regions:
             part = slice(first, first + count)
             for (to, length), (start, _) in zip(self.pieces[part].tolist(), sources.pieces[part].tolist(), strict=True):
                 ctypes.memmove(to, start, length)
+
+
+class Words:
+    """Many scattered words of 4 bytes, read in one call: independent reads, whose waits for memory overlap.
+
+    For pieces of a few bytes each, where what the kernel does for every piece of a ``Regions`` takes ten times as long.
+    Whoever makes them keeps the memory alive. The interpreter is held: for a microsecond per thousand words in the cache.
+    """
+
+    __slots__ = ("_all", "_read", "_which")
+
+    def __init__(self, pieces: Sequence[tuple[int, int]]) -> None:
+        """*pieces*: address and length of each, multiples of 4; at least one."""
+        words = words_of(pieces)
+        first, last = int(words.min()), int(words.max())
+        # A view of everything between the first word and the last, mapped or not: only the words that are asked for are touched.
+        self._all = np.asarray(_Span(first * WORD_BYTES, last - first + 1))
+        self._which = words - first
+        self._read = np.empty(len(words), np.uint32)
+
+    def read(self) -> npt.NDArray[np.uint32]:
+        """All words in the order of the pieces, ``uint32[words]``, borrowed until the next call."""
+        return self._all.take(self._which, out=self._read, mode="clip")  # "raise" would copy twice
+
+
+def words_of(pieces: Iterable[tuple[int, int]]) -> npt.NDArray[np.intp]:
+    """The numbers of all words in *pieces* (start and length in bytes, multiples of 4), in their order."""
+    starts = [range(at // WORD_BYTES, (at + nbytes) // WORD_BYTES) for at, nbytes in pieces]
+    return np.array([*chain.from_iterable(starts)], np.intp)
+
+
+class _Span:
+    """Memory as NumPy wants it described: so many words from an address on, read-only."""
+
+    def __init__(self, address: int, words: int) -> None:
+        self.__array_interface__ = {"version": 3, "data": (address, True), "shape": (words,), "typestr": "<u4"}
 
 
 def _find() -> ctypes._NamedFuncPointer | None:

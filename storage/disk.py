@@ -28,7 +28,7 @@ Bytes = npt.NDArray[np.uint8]
 
 BULK_BYTES: Final = 1 << 20  # from here on, past the page cache
 PIECE_BYTES: Final = 16 << 20  # of one system call
-BOUNCE_BYTES: Final = 8 << 20  # per thread, for what lies unaligned in memory
+BOUNCE_BYTES: Final = 2 << 20  # per thread, for what lies unaligned in memory: it stays in the cache
 BLOCK_BYTES: Final = 4096  # places and lengths of direct calls are multiples of it
 MEMORY_ALIGNMENT: Final = 512  # that devices want of memory; where one wants more, bytes go through a bounce buffer
 WORTH_BYTES: Final = 64 << 10  # less than that is not worth a call of its own

@@ -40,7 +40,8 @@ from .disk import Disk, as_bytes, quietly_unlink
 from .store import GET_BYTES, TIMEOUT_S, Buffer, Found, Names, checked, checked_prefix, is_key
 from .work import Work, in_thread, soon
 
-THREADS: Final = 4  # that many calls keep a disk busy; each has a bounce buffer of its own
+# That many calls keep a disk busy, though at any time some threads copy from or to their bounce buffers, or sum up.
+THREADS: Final = 8
 # Descriptors kept for settle: a file's failure to get to the disk is told to one who has it open. Many, as far as the process
 # may have them: a sync while bulk bytes are on their way has the device flush, and they wait.
 UNSYNCED_FILES: Final = max(64, min(2048, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))

@@ -33,6 +33,8 @@ Answer = TypeVar("Answer")
 Bytes = npt.NDArray[np.uint8]
 Progress = Callable[[int], None]
 """Called with how many more bytes of the image are done."""
+Landed = Callable[[int, int], None]
+"""Called with each run of bytes of the image, its first and its end, that is where it belongs, verified."""
 
 AT_ONCE: Final = 16
 IN_FLIGHT_BYTES: Final = 128 << 20
@@ -198,12 +200,15 @@ class ImageReader:
         """How the image is laid out."""
         return self.entry.layout
 
-    async def read_image(self, out: Bytes, progress: Progress | None = None) -> None:
+    async def read_image(
+        self, out: Bytes, progress: Progress | None = None, landed: Landed = lambda first, end: None
+    ) -> None:
         """Read all of it.
 
         Args:
             out: ``uint8[entry.image_bytes]``: every slice at its offset, the values from ``values_offset`` on, zeros in the
                 gaps. If this raises, it holds anything.
+            landed: told of every byte once.
 
         Raises:
             Corrupt: no tier has an undamaged copy of some object; ``damaged`` says which.
@@ -213,18 +218,19 @@ class ImageReader:
             raise ValueError(f"an image of {self.entry.image_bytes} bytes does not go into {out.shape}")
         values_offset = self.layout.values_offset
         end = 0
-        for placed in self.layout.placed:
-            out[end : placed.offset] = 0
-            end = placed.end
-        out[end:values_offset] = 0
+        for offset, after in [*((placed.offset, placed.end) for placed in self.layout.placed), (values_offset, 0)]:
+            out[end:offset] = 0
+            landed(end, offset)
+            end = after
 
         async def read(stored: Stored | None) -> None:
             if stored is None:
+                first, done = values_offset, self.entry.values.nbytes
                 await self._read_values(out[values_offset:])
-                done = self.entry.values.nbytes
             else:
                 first, done = span(self.layout.placed[stored.chunk.index], stored.chunk)
                 await self._read_rows(stored, out[first : first + done], 0)
+            landed(first, first + done)
             if progress is not None:
                 progress(done)
 

@@ -618,6 +618,24 @@ def test_values_that_keep_growing(shared: Node) -> None:
         assert taken >= 30, ckpt.stats().skipped
 
 
+def test_values_that_outgrow_their_slot_in_one_step(shared: Node) -> None:
+    """How long their text is shows on the copying thread: that snapshot is given up, and slots grow for the next."""
+    loop, log = Loop.make(), {"note": ""}
+    with shared.attach(loop.model, loop.optimizer, {"log": log}) as ckpt:
+        trained(ckpt, loop, range(1, 4))
+        log["note"] = "x" * ckpt._holding.slots[0].place.image_bytes
+        loop.turn()
+        ticket = ckpt.snapshot(4)
+        with pytest.raises(SnapshotSkipped):
+            ckpt.wait(ticket)
+        assert ckpt.stats().skipped["slot-growing"] == 1
+        at = _until_taken(ckpt, loop, 5, most=20)
+        wanted = loop.bits()
+    back = {"note": ""}
+    step, found = restored(shared, extras={"log": back})
+    assert (step, found.bits(), back) == (at, wanted, log)
+
+
 # -- before training starts ------------------------------------------------------------------------------------------
 
 
