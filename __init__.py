@@ -18,11 +18,15 @@ if TYPE_CHECKING:
     from .storage.tiers import Tier
 
 _LAZY = {
+    "Batches": ".hooks.batches",
     "Checkpointer": ".hooks.checkpointer",
     "Deadlines": ".hooks.contract",
     "Stats": ".hooks.contract",
+    "HoldfastCallback": ".hooks.lightning",
+    "HoldfastTrainerCallback": ".hooks.transformers",
     "Ticket": ".hooks.contract",
     "Tier": ".storage.tiers",
+    "accelerated": ".hooks.accelerate",
 }
 
 

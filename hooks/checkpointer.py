@@ -42,6 +42,7 @@ from .arrivals import Arrivals, taken
 from .binder import Binder
 from .books import Books, report_restored
 from .contract import Deadlines, State, Stats, Ticket
+from .fencing import fence_before_step
 from .found import Found, gather_inventories, together
 from .holding import Holding
 from .options import Options, natural
@@ -190,7 +191,7 @@ class Checkpointer:
         self._spilling.holding = self._holding
         self._found: Found | None = self._begin_run()
         for optimizer in self._state.optimizers.values():
-            hook = optimizer.register_step_pre_hook(lambda *_: self.fence())
+            hook = fence_before_step(optimizer, self.fence)
             undo.callback(hook.remove)
             self._torch_hooks.append(hook)
 
