@@ -34,16 +34,16 @@ class Followed:
 
     epoch: int
 
-    def __init__(self, loader: Any, *, skip: Skip | None = None, ahead: bool = False) -> None:
+    def __init__(self, loader: Any, *, ahead: bool = False) -> None:
         """
         Args:
             loader: any iterable; DataLoaders with samplers, generators and workers included.
-            skip: how to skip batches, instead of all that is said above.
             ahead: whoever goes through it has always fetched one batch more than it has used, which must come again.
         """
         self.epoch = 0
-        self._loader, self._skip, self._ahead = loader, skip or _skip, ahead
-        self._own = loader if skip is None and isinstance(loader, Stateful) else None
+        self._loader, self._ahead = loader, ahead
+        self._skip: Skip = _skip
+        self._own = loader if isinstance(loader, Stateful) else None
         self._behind: Any = None  # what a loader with a state of its own said before the last batch
         self._drawn = 0
         self._begun = False
@@ -97,6 +97,10 @@ class Followed:
         for generator, state in zip(_generators(self._loader), resumed["generators"], strict=False):
             generator.set_state(state)
         return iterator
+
+    def skip_with(self, skip: Skip) -> None:
+        """Skip batches in this way from now on, and ask the loader for no state of its own."""
+        self._skip, self._own = skip, None
 
     # -- the position ------------------------------------------------------------------------------------------------
 
