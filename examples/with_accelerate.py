@@ -16,6 +16,7 @@ model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 batches = holdfast.Batches(loader)  # <- remembers how far it is
 with holdfast.accelerated(accelerator, model, optimizer, batches) as ckpt:  # <-
     step = ckpt.restore() or 0  # <-
+    print(f"training goes on from step {step}")
     for _ in range(batches.epoch, EPOCHS):  # <- from the epoch that was interrupted
         for (inputs,) in batches:
             with accelerator.accumulate(model):
@@ -25,4 +26,3 @@ with holdfast.accelerated(accelerator, model, optimizer, batches) as ckpt:  # <-
             if accelerator.sync_gradients:
                 step += 1
                 ckpt.step(step)  # <-
-print(f"at step {step}, with {ckpt.stats().taken} snapshots in this life")

@@ -1,6 +1,8 @@
 """Lightning with Holdfast. Kill it in any way, start it again: ``fit`` goes on as if nothing had happened."""
 # mypy: allow-untyped-calls, disable-error-code="misc"
 
+import logging
+
 import holdfast
 import lightning.pytorch as lightning
 import torch
@@ -19,10 +21,11 @@ class Autoencoder(lightning.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
+logging.basicConfig(level=logging.INFO)
 lightning.seed_everything(0)
 loader = DataLoader(TensorDataset(torch.randn(160, 16)), batch_size=8, shuffle=True)
 survival = holdfast.HoldfastCallback()  # <- every optimizer step from now on survives
-trainer = lightning.Trainer(max_epochs=5, accelerator="cpu", logger=False, callbacks=[survival], enable_checkpointing=False)
+trainer = lightning.Trainer(
+    max_epochs=5, accelerator="cpu", logger=False, callbacks=[survival], enable_checkpointing=False
+)
 trainer.fit(Autoencoder(), loader)
-assert survival.checkpointer is not None
-print(f"at step {trainer.global_step}, with {survival.checkpointer.stats().taken} snapshots in this life")

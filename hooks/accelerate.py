@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import chain
-from typing import Any, Final
+from itertools import islice
+from typing import Any
 
 from accelerate import Accelerator, skip_first_batches
 from accelerate.optimizer import AcceleratedOptimizer
@@ -15,8 +15,6 @@ from torch.utils.data import DataLoader
 from ..errors import ConfigError
 from .batches import Batches
 from .checkpointer import Checkpointer
-
-_END: Final = object()
 
 
 def accelerated(
@@ -67,11 +65,14 @@ def _several(parts: list[Any]) -> Any:
 
 def _rest(loader: Any, count: int) -> Iterator[Any]:
     """Accelerate's own way to skip, for one pass of *loader*, which counts its passes."""
-    iterator = iter(skip_first_batches(loader, count))
-    first = next(iterator, _END)  # only then has it begun, and drawn what it draws
+    # It fetches one batch ahead of what it hands out, and notices the end then. So all but one are skipped without being
+    # loaded, and the last one is handed out to nobody: then it stands, and has drawn, as it had before.
+    iterator = iter(skip_first_batches(loader, max(count - 1, 0)))
+    for _ in islice(iterator, min(count, 1)):
+        pass
 
     def left() -> Iterator[Any]:
-        yield from () if first is _END else chain([first], iterator)
+        yield from iterator
         loader.set_epoch(loader.iteration + 1)
 
     return left()

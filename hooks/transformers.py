@@ -127,7 +127,7 @@ class HoldfastTrainerCallback(TrainerCallback):
             self.checkpointer.close(ended=ended)
 
 
-class _Elsewhere(Exception):  # noqa: N818 - no error: training begins again
+class _Elsewhere(Exception):
     """The job is at another step than the one from which training was about to begin."""
 
     def __init__(self, progress: dict[str, Any]) -> None:

@@ -99,10 +99,8 @@ def bits(model: nn.Module) -> float:
 # -- Lightning -----------------------------------------------------------------------------------------------------------
 
 
-def _lightning(life: Life, *, manual: bool = False, length: int = 20, **options: Any) -> None:
-    import holdfast
+def _module(life: Life, manual: bool) -> Any:
     import lightning.pytorch as pl
-    from lightning.pytorch.callbacks import EarlyStopping
 
     class Module(pl.LightningModule):
         def __init__(self) -> None:
@@ -144,15 +142,24 @@ def _lightning(life: Life, *, manual: bool = False, length: int = 20, **options:
             plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=0.5)
             return [optimizer], [step, {"scheduler": plateau, "monitor": "loss", "interval": "epoch"}]
 
+    return Module()
+
+
+def _lightning(life: Life, *, manual: bool = False, length: int = 20, workers: int = 0, **options: Any) -> None:
+    import holdfast
+    import lightning.pytorch as pl
+    from lightning.pytorch.callbacks import EarlyStopping
+
     pl.seed_everything(3, verbose=False)
-    module, callbacks = Module(), [EarlyStopping("loss", patience=99, min_delta=9.0)]
+    module, callbacks = _module(life, manual), [EarlyStopping("loss", patience=99, min_delta=9.0)]
     if life.node is not None:
         callbacks.append(holdfast.HoldfastCallback(**life.options))
     trainer = pl.Trainer(
         max_epochs=3, callbacks=callbacks, accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, **options,
     )  # fmt: skip
-    training = DataLoader(Noisy(2 * length * life.world), batch_size=2, shuffle=True)
+    data = Noisy(2 * length * life.world, stirred=not workers)
+    training = DataLoader(data, batch_size=2, shuffle=True, num_workers=workers)
     trainer.fit(module, training, DataLoader(Noisy(8), batch_size=4))
     rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
     waited = callbacks[0].state_dict()["wait_count"]
@@ -165,8 +172,8 @@ def lightning_accumulates(life: Life) -> None:
 
 
 def lightning_by_hand(life: Life) -> None:
-    """Two optimizers that do not step alike, and an end that is a number of steps."""
-    _lightning(life, manual=True, max_steps=70)
+    """Two optimizers that do not step alike, an end that is a number of steps, batches from another process."""
+    _lightning(life, manual=True, max_steps=70, workers=1)
 
 
 def lightning_ddp(life: Life) -> None:
@@ -212,7 +219,10 @@ def trainer_accumulates(life: Life) -> None:
         trainer.train()
     else:
         holdfast.HoldfastTrainerCallback(**life.options).train(trainer)
-    log = [[entry.get(key) for key in ("step", "loss", "eval_loss", "learning_rate")] for entry in trainer.state.log_history]
+    log = [
+        [entry.get(key) for key in ("step", "loss", "eval_loss", "learning_rate")]
+        for entry in trainer.state.log_history
+    ]
     waited = [one.early_stopping_patience_counter for one in trainer.callback_handler.callbacks
               if isinstance(one, EarlyStoppingCallback)]  # fmt: skip
     life.saw("end", bits=bits(trainer.model), waited=waited, log=log[:-1])  # the last entry is about this life alone
