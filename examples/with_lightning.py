@@ -1,5 +1,4 @@
 """Lightning with Holdfast. Kill it in any way, start it again: ``fit`` goes on as if nothing had happened."""
-# mypy: allow-untyped-calls, disable-error-code="misc"
 
 import logging
 

@@ -243,14 +243,14 @@ class _Rest:
 
 def _skip(loader: Any, count: int) -> Iterator[Any]:
     if not count or type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset):
-        iterator = iter(loader)
-        for _ in islice(iterator, count):
+        again: Iterator[Any] = iter(loader)
+        for _ in islice(again, count):
             pass
-        return iterator
+        return again
     kept: dict[str, Any] = {name: getattr(loader, name) for name in _KEPT}
-    batched = loader.batch_sampler is not None
-    rest = _Rest(loader.batch_sampler if batched else loader.sampler, count)
-    kept |= {"batch_sampler": rest} if batched else {"batch_size": None, "sampler": rest}
+    batched = loader.batch_sampler
+    rest = _Rest(loader.sampler if batched is None else batched, count)
+    kept |= {"batch_size": None, "sampler": rest} if batched is None else {"batch_sampler": rest}
     iterator = iter(DataLoader(loader.dataset, **kept))
     rest.find()
     return iterator

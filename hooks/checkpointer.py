@@ -190,10 +190,9 @@ class Checkpointer:
         self._holding = together(self._ranks, "attaching to the agents", wait_s, attach)
         self._spilling.holding = self._holding
         self._found: Found | None = self._begin_run()
-        for optimizer in self._state.optimizers.values():
-            hook = fence_before_step(optimizer, self.fence)
+        self._torch_hooks = [fence_before_step(one, self.fence) for one in self._state.optimizers.values()]
+        for hook in self._torch_hooks:
             undo.callback(hook.remove)
-            self._torch_hooks.append(hook)
 
     # -- the training loop -------------------------------------------------------------------------------------------
 

@@ -59,7 +59,7 @@ class HoldfastCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self._trainer, self._process = trainer, trainer.strategy.process_dataloader
-            trainer.strategy.process_dataloader = self._wrap  # type: ignore[method-assign]
+            trainer.strategy.process_dataloader = self._wrap
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._running = True
@@ -77,7 +77,7 @@ class HoldfastCallback(Callback):
         if self.checkpointer is not None:
             self.checkpointer.close(ended=ended)
         if self._trainer is not None:
-            self._trainer.strategy.process_dataloader = self._process  # type: ignore[method-assign]
+            self._trainer.strategy.process_dataloader = self._process
             self._trainer = None
 
     # -- the training data -------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ class HoldfastCallback(Callback):
 
     def _concerns(self, trainer: Trainer) -> bool:
         """Lightning's tuner runs ``fit`` within ``fit``, and leaves callbacks out for it."""
-        return bool(trainer.training) and self in trainer.callbacks  # type: ignore[attr-defined]
+        return bool(trainer.training) and self in trainer.callbacks
 
     def passing(self) -> None:
         """A pass through the training data begins. Before the first, all objects are made and nothing was trained yet."""
@@ -176,7 +176,7 @@ class _Progress:
     def state_dict(self) -> dict[str, Any]:
         trainer = self._trainer
         data = getattr(trainer, "datamodule", None)
-        callbacks = ((one.state_key, one.state_dict()) for one in trainer.callbacks)  # type: ignore[attr-defined]
+        callbacks = ((one.state_key, one.state_dict()) for one in trainer.callbacks)
         return {
             "loops": trainer.fit_loop.state_dict(),
             "positions": [loader.position() for loader in self._loaders()],
@@ -191,7 +191,7 @@ class _Progress:
         for config, scheduler in zip(trainer.lr_scheduler_configs, state["schedulers"], strict=True):
             config.scheduler.load_state_dict(scheduler)
         trainer.precision_plugin.load_state_dict(state["precision"])
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in trainer.callbacks:
             if found := state["callbacks"].get(callback.state_key):
                 callback.load_state_dict(found)
         data = getattr(trainer, "datamodule", None)
