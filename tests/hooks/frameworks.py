@@ -242,7 +242,8 @@ def accelerate_ddp(life: Life) -> None:
     model, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, loader)
     torch.manual_seed(70 + life.rank)
     batches: Any = holdfast.Batches(loader)
-    ckpt, step = contextlib.nullcontext(), 0
+    ckpt: Any = contextlib.nullcontext()
+    step = 0
     if life.node is not None:
         ckpt = holdfast.accelerated(accelerator, model, optimizer, scheduler, batches, **life.options)
         step = ckpt.restore() or 0

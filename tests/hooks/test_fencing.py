@@ -35,7 +35,8 @@ def test_it_comes_after_the_closure_and_before_any_change(kind: type[torch.optim
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    loss = optimizer.step(closure=closure) if by_name else optimizer.step(closure)
+    step: Any = optimizer.step
+    loss = step(closure=closure) if by_name else step(closure)
     assert seen[:2] == [("closure", 3.0), ("fence", 3.0)]
     assert loss == 3.0
     assert weight.sum().item() < 3
