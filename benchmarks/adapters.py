@@ -138,7 +138,7 @@ def transformers(steps: int, adapter: bool) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder, num_train_epochs=1, per_device_train_batch_size=4, use_cpu=True, report_to=[], disable_tqdm=True,
-            save_strategy="no", logging_steps=100, remove_unused_columns=False,
+            save_strategy="no", logging_strategy="no", remove_unused_columns=False,
         )  # fmt: skip
         trainer = Trainer(
             Module(), arguments, data_collator=lambda rows: {"x": torch.stack([row[0] for row in rows])},

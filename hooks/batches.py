@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..snapshot.codec import decode, encode
-from ..snapshot.state import Stateful, from_leaf, random_state, set_random_state, to_leaf
+from ..snapshot.state import Stateful, from_leaf, to_leaf
+from ..snapshot.streams import random_state, set_random_state
 
 Skip = Callable[[Any, int], Iterator[Any]]
 """Given a loader and a number, an iterator of its next pass that stands after so many batches. Whatever it draws at random
@@ -135,10 +135,7 @@ class Followed:
             "generators": [generator.get_state() for generator in _generators(self._loader)],
             "epochs": [_epoch(sampler) for sampler in _samplers(self._loader)],
         }
-        encoded = encode(tree, "start of a pass", to_leaf)
-        out = np.empty(encoded.nbytes, np.uint8)
-        encoded.write_into(out)
-        return out.tobytes()
+        return encode(tree, "start of a pass", to_leaf).to_bytes()
 
     def _set(self, start: bytes) -> None:
         """Inverse of ``_capture``. Raises ``Corrupt``."""

@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 
 from ..errors import ConfigError, PeerFailed
-from ..snapshot.state import random_state, set_random_state
+from ..snapshot.streams import random_state, set_random_state
 from .checkpointer import Checkpointer
 
 _log = logging.getLogger(__name__)

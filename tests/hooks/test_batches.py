@@ -10,7 +10,8 @@ import torch
 from holdfast import Batches
 from holdfast.hooks.batches import Followed
 from holdfast.snapshot.codec import decode, encode
-from holdfast.snapshot.state import from_leaf, random_state, set_random_state, to_leaf
+from holdfast.snapshot.state import from_leaf, to_leaf
+from holdfast.snapshot.streams import random_state, set_random_state
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler
 
 PASSES = 3
@@ -106,10 +107,7 @@ def _train(batches: Batches, passes: range, leave: int | None = None) -> tuple[l
 
 def _packed(state: dict[str, Any]) -> Any:
     """As it comes back from a snapshot."""
-    encoded = encode(state, "state", to_leaf)
-    out = bytearray(encoded.nbytes)
-    encoded.write_into(memoryview(out))
-    return decode(bytes(out), from_leaf)
+    return decode(encode(state, "state", to_leaf).to_bytes(), from_leaf)
 
 
 @pytest.mark.parametrize("kind", LOADERS)
