@@ -22,7 +22,7 @@ from safetensors.torch import save
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ..errors import ConfigError, PeerFailed
+from ..errors import ConfigError, SnapshotLost
 from ..snapshot.streams import random_state, set_random_state
 from .checkpointer import Checkpointer
 
@@ -82,7 +82,7 @@ class HoldfastTrainerCallback(TrainerCallback):
                     options["resume_from_checkpoint"] = folder
                 finally:
                     self._close(ended=False)
-        raise PeerFailed(f"{_TRIES} times in a row, another step was restored than training had begun from")
+        raise SnapshotLost(f"{_TRIES} times in a row, another step was restored than training had begun from")
 
     # -- Trainer's events --------------------------------------------------------------------------------------------
 
