@@ -13,16 +13,24 @@ from ._version import __version__
 from .errors import HoldfastError
 
 if TYPE_CHECKING:
+    from .hooks.accelerate import accelerated as accelerated
+    from .hooks.batches import Batches
     from .hooks.checkpointer import Checkpointer
     from .hooks.contract import Deadlines, Stats, Ticket
+    from .hooks.lightning import HoldfastCallback as HoldfastCallback
+    from .hooks.transformers import HoldfastTrainerCallback as HoldfastTrainerCallback
     from .storage.tiers import Tier
 
 _LAZY = {
+    "Batches": ".hooks.batches",
     "Checkpointer": ".hooks.checkpointer",
     "Deadlines": ".hooks.contract",
+    "HoldfastCallback": ".hooks.lightning",
+    "HoldfastTrainerCallback": ".hooks.transformers",
     "Stats": ".hooks.contract",
     "Ticket": ".hooks.contract",
     "Tier": ".storage.tiers",
+    "accelerated": ".hooks.accelerate",
 }
 
 
@@ -32,4 +40,5 @@ def __getattr__(name: str) -> object:
     return getattr(importlib.import_module(_LAZY[name], __name__), name)
 
 
-__all__ = ["Checkpointer", "Deadlines", "HoldfastError", "Stats", "Ticket", "Tier", "__version__"]
+# Adapters are offered too, to those who have the framework.
+__all__ = ["Batches", "Checkpointer", "Deadlines", "HoldfastError", "Stats", "Ticket", "Tier", "__version__"]

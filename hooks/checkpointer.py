@@ -41,6 +41,7 @@ from .arrivals import Arrivals, taken
 from .binder import Binder
 from .books import Books, report_restored
 from .contract import Deadlines, State, Stats, Ticket
+from .fencing import fence_before_step
 from .found import Found, gather_inventories, together
 from .holding import Holding
 from .options import Options, natural
@@ -188,10 +189,9 @@ class Checkpointer:
         self._holding = together(self._ranks, "attaching to the agents", wait_s, attach)
         self._spilling.holding = self._holding
         self._found: Found | None = self._begin_run()
-        for optimizer in self._state.optimizers.values():
-            hook = optimizer.register_step_pre_hook(lambda *_: self.fence())
+        self._torch_hooks = [fence_before_step(one, self.fence) for one in self._state.optimizers.values()]
+        for hook in self._torch_hooks:
             undo.callback(hook.remove)
-            self._torch_hooks.append(hook)
 
     # -- the training loop -------------------------------------------------------------------------------------------
 

@@ -116,6 +116,21 @@ def test_only_some_of_snapshot_knows_torch() -> None:
     assert {module for module in users if module.startswith("holdfast.snapshot")} <= TORCH
 
 
+ADAPTERS = {
+    "holdfast.hooks.lightning": {"lightning", "pytorch_lightning"},
+    "holdfast.hooks.transformers": {"transformers", "safetensors"},
+    "holdfast.hooks.accelerate": {"accelerate"},
+}
+
+
+def test_frameworks_are_imported_by_their_adapters_alone() -> None:
+    """And adapters by nobody, but on demand by the package itself."""
+    frameworks = {"lightning", "pytorch_lightning", "transformers", "accelerate", "torchtitan"}
+    for module in modules():
+        assert imports(module) & frameworks <= ADAPTERS.get(module, set()), module
+        assert module in DOORS or not ours(module) & set(ADAPTERS), module
+
+
 @pytest.mark.parametrize(
     "start", ["holdfast", "holdfast.agent.daemon, holdfast.ops.agent", "holdfast.ops.cli", "holdfast.agent.client"]
 )
