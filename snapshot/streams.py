@@ -43,6 +43,11 @@ class RandomState:
         }
 
 
+def random_state() -> dict[str, Any]:
+    """The state of every global random generator now, for ``set_random_state``."""
+    return RandomState().tree()
+
+
 def set_random_state(state: Mapping[str, Any]) -> None:
     """Put back what ``RandomState.tree`` returned. CUDA devices beyond those that were captured keep their streams."""
     set_python_state(random, state["python"])
