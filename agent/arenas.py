@@ -308,9 +308,8 @@ class Arenas:
         taken: list[Slot] = []
 
         def take() -> None:
-            sizes = {"image_bytes": image_bytes, "table_bytes": table_bytes}
-            taken.append(self.free_slot(rank, keep, apart=apart, **sizes))
-            taken[0].prefault()
+            # No prefault: the memory is reserved, and whoever writes maps it as he goes, on all cores, while bytes arrive.
+            taken.append(self.free_slot(rank, keep, apart=apart, image_bytes=image_bytes, table_bytes=table_bytes))
 
         try:
             await to_the_end(asyncio.to_thread(take))

@@ -181,7 +181,7 @@ def _plan(arguments: list[str]) -> tuple[Plan, bool]:
     parser.add_argument("--json", action="store_true", help="print everything measured as JSON, and no tables")
     given = parser.parse_args(arguments)
     sizes = given.sizes or ("256MB" if given.quick else "256MB,1GB,4GB")
-    peers = _PEERS if given.contenders is None else tuple(c for c in given.contenders.split(",") if c)
+    peers = _PEERS if given.contenders is None else tuple(c for c in given.contenders.split(",") if c != "nobody")
     plan = Plan(
         sizes=tuple(_size(size) for size in sizes.split(",")),
         iterations=given.iterations or (8 if given.quick else 12),

@@ -30,17 +30,19 @@ class Pending(Generic[Answer]):
 
     def result(self, timeout_s: float) -> Answer | None:
         """The answer, or None if it is not there within *timeout_s*. Raises ``RuntimeError`` if the operation failed."""
-        if self.work is not None and not self.work.is_completed():
-            if timeout_s <= 0:
+        if self.work is None:
+            return self.finish()
+        if self.work.is_completed():
+            self.work.wait()  # this only raises what went wrong
+            return self.finish()
+        if timeout_s <= 0:
+            return None
+        try:
+            self.work.wait(timedelta(seconds=max(timeout_s, 0.001)))  # what rounds to 0 ms waits without end
+        except RuntimeError:
+            if not self.work.is_completed():
                 return None
-            try:
-                self.work.wait(timedelta(seconds=max(timeout_s, 0.001)))  # what rounds to 0 ms waits without end
-            except RuntimeError:
-                if not self.work.is_completed():
-                    return None
-                raise
-        if self.work is not None:
-            self.work.wait()  # completed: this only raises what went wrong
+            raise
         return self.finish()
 
 
