@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
 
 from ..errors import DeadlinePassed, HoldfastError
 from ..snapshot.arena import Slot
@@ -11,7 +15,7 @@ from ..snapshot.capture import Binding, bind, rebound
 from ..snapshot.layout import Layout
 from ..snapshot.partition import share
 from ..snapshot.replicas import confirmed, sums
-from ..snapshot.state import Survey, TrainingState
+from ..snapshot.state import Survey
 from .ranks import Pending, Ranks
 
 _log = logging.getLogger(__name__)
@@ -22,6 +26,36 @@ _TORN_LIMIT = 2
 _CHANGE_LIMIT = 2
 
 
+class Captured(Protocol):
+    """What a Checkpointer captures, whatever it is made of. A ``TrainingState`` is one, and can be restored besides."""
+
+    @property
+    def optimizers(self) -> Mapping[str, torch.optim.Optimizer]:
+        """Those whose steps are fenced."""
+        ...
+
+    @property
+    def shuffles(self) -> bool:
+        """As ``TrainingState.shuffles``."""
+        ...
+
+    def survey(self) -> Survey:
+        """Find every tensor. Raises ``StateRefused``."""
+        ...
+
+    def size(self) -> int:
+        """Changes when tensors appear; cheap."""
+        ...
+
+    def unchanged(self, survey: Survey) -> bool:
+        """Whether *survey* still finds the very same tensor objects."""
+        ...
+
+    def own_values(self, survey: Survey) -> dict[str, Any]:
+        """Everything that is no tensor of *survey*, but for the global random generators; a tree for ``eager.Values``."""
+        ...
+
+
 class Binder:
     """This rank's current binding, and the agreement that a new one needs.
 
@@ -29,7 +63,7 @@ class Binder:
     As long as only addresses change, the binding is renewed locally.
     """
 
-    def __init__(self, state: TrainingState, ranks: Ranks) -> None:
+    def __init__(self, state: Captured, ranks: Ranks) -> None:
         self._state = state
         self._ranks = ranks
         self._binding: Binding | None = None
@@ -89,6 +123,12 @@ class Binder:
         self._shared = frozenset(piece.name for piece in held if piece.members == everyone)
         self._bind(Layout.of(next(_numbers), share(held, self._ranks.rank)), survey)
         return True
+
+    def adopt(self, survey: Survey) -> None:
+        """Lay out *survey* as it is: nothing in it is shared with other ranks, and on its grids they have agreed already."""
+        self._exchange, self._stale, self._shared = None, False, frozenset()
+        pieces = [item.slice for item in survey.items]
+        self._bind(Layout.of(next(_numbers), share(pieces, self._ranks.rank)), survey)
 
     def first(self, timeout_s: float) -> None:
         """The first layout of a run, with all ranks waiting for each other. Raises ``DeadlinePassed``."""

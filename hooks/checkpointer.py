@@ -15,12 +15,12 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, ClassVar, Final, Self
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -36,9 +36,10 @@ from ..snapshot.eager import Values
 from ..snapshot.record import SnapshotId, table_bytes_for
 from ..snapshot.recovery import HeldParity, Relied, plan, relied_on
 from ..snapshot.selection import Selection
+from ..snapshot.state import TrainingState
 from ..storage.tiers import Tier
 from .arrivals import Arrivals, taken
-from .binder import Binder
+from .binder import Binder, Captured
 from .books import Books, report_restored
 from .contract import Deadlines, State, Stats, Ticket
 from .fencing import fence_before_step
@@ -74,6 +75,9 @@ class Checkpointer:
     After construction, trouble in taking snapshots never raises (unless *strict*): it is logged, counted in ``stats``,
     and the snapshot is skipped.
     """
+
+    # What is captured, and how large its slots' image and tables should be; adapters capture something else.
+    _look_through: ClassVar[Callable[..., tuple[Captured, int, int]]] = staticmethod(look_through)
 
     def __init__(
         self,
@@ -157,7 +161,7 @@ class Checkpointer:
         wait_s = self._deadlines.attach
         self._spilling.compare(self._ranks, wait_s)
         self._state, image_bytes, table_bytes = together(
-            self._ranks, "looking through the state", wait_s, lambda: look_through(models, optimizers, extras)
+            self._ranks, "looking through the state", wait_s, lambda: self._look_through(models, optimizers, extras)
         )
         self._copier: Copier = together(
             self._ranks, "preparing the copies", wait_s, lambda: copier_for(self._state.survey())
@@ -293,15 +297,11 @@ class Checkpointer:
         if self._found is None:
             self._interrupt_run()
         assert self._found is not None
+        assert isinstance(self._state, TrainingState)
         done = Restorer(
-            self._state,
-            self._ranks,
-            self._deadlines.restore,
-            self._holding.slots,
-            self._holding.welcome.agent,
-            self._holding,
-            selection,
-        ).newest(self._found)
+            self._state, self._ranks, self._deadlines.restore, self._holding.slots, self._holding.welcome.agent,
+            self._holding, selection,
+        ).newest(self._found)  # fmt: skip
         found, self._found = self._found, None
         self._binder.forget()
         if done is not None:

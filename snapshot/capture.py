@@ -319,6 +319,7 @@ class CpuCopier(Copier):
     def _run(self) -> None:
         while (work := self._work.get()) is not None:
             work()
+            del work  # it holds the tensors, which may be gone before there is more to do
 
     def _copy(self, binding: Binding, slot: Slot, after: Callable[[], None], done: Callable[[float], None]) -> None:
         start_s = time.perf_counter()

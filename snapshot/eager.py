@@ -6,17 +6,25 @@ as much again, and needs nothing that could change.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from .codec import ALIGNMENT, Draft, Encoded
-from .state import Survey, TrainingState, to_leaf
+from .state import Survey, to_leaf
 from .streams import RandomState
 
 # Live arrays of more than this together are written from where they lie, at once; fewer bytes are copied, and written later.
 _COPIED_BYTES: Final = 256 << 10
+
+
+class Valued(Protocol):
+    """What has values besides its tensors, such as a ``TrainingState``."""
+
+    def own_values(self, survey: Survey) -> dict[str, Any]:
+        """All of them but the global random generators; parts may be live objects."""
+        ...
 
 
 class Values:
@@ -27,7 +35,7 @@ class Values:
         text_bytes: what of that is text.
     """
 
-    def __init__(self, state: TrainingState, survey: Survey, text_bytes: int) -> None:
+    def __init__(self, state: Valued, survey: Survey, text_bytes: int) -> None:
         """*text_bytes*: of the snapshot before; 0 has all of it encoded now.
 
         Raises ``StateRefused`` if something cannot be encoded.

@@ -467,6 +467,16 @@ def _item(name: str, source: torch.Tensor, replicas: tuple[int, ...], *, lazy: b
         if len(chunks) != 1:
             raise StateRefused(f"{name}: the local part of this DTensor is {len(chunks)} boxes; one is needed")
         start, extent = tuple(chunks[0].offsets), tuple(chunks[0].sizes)
+    local = plain_tensor(name, local)
+    if tuple(local.shape) != extent:  # an empty shard may have lost its other dimensions
+        local = local.reshape(extent)
+    dtype = str(local.dtype).removeprefix("torch.")
+    piece = Slice(name, dtype, shape, start, extent, local.device.type, replicas, chunk)
+    return Item(piece if piece.on_grid else replace(piece, chunk=None), local, source, lazy)
+
+
+def plain_tensor(name: str, local: torch.Tensor) -> torch.Tensor:
+    """*local* as it is, if it has plain bytes. Raises ``StateRefused``, with its *name* and what it is."""
     dtype = str(local.dtype).removeprefix("torch.")
     plain = type(local) in (torch.Tensor, nn.Parameter, nn.Buffer) and local.layout is torch.strided
     if not plain or dtype not in ITEM_BYTES or local.is_meta:
@@ -478,10 +488,7 @@ def _item(name: str, source: torch.Tensor, replicas: tuple[int, ...], *, lazy: b
         raise StateRefused(
             f"{name}: its elements overlap in memory (it was expanded); a contiguous copy can be captured"
         )
-    if tuple(local.shape) != extent:  # an empty shard may have lost its other dimensions
-        local = local.reshape(extent)
-    piece = Slice(name, dtype, shape, start, extent, local.device.type, replicas, chunk)
-    return Item(piece if piece.on_grid else replace(piece, chunk=None), local, source, lazy)
+    return local
 
 
 def _plain_chunk(shape: tuple[int, ...], replicas: tuple[int, ...]) -> tuple[int, ...] | None:
