@@ -13,6 +13,7 @@ from ._version import __version__
 from .errors import HoldfastError
 
 if TYPE_CHECKING:
+    from . import dcp
     from .hooks.accelerate import accelerated as accelerated
     from .hooks.batches import Batches
     from .hooks.checkpointer import Checkpointer
@@ -32,13 +33,16 @@ _LAZY = {
     "Tier": ".storage.tiers",
     "accelerated": ".hooks.accelerate",
 }
+_MODULES = frozenset({"dcp"})
 
 
 def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_LAZY[name], __name__), name)
 
 
 # Adapters are offered too, to those who have the framework.
-__all__ = ["Batches", "Checkpointer", "Deadlines", "HoldfastError", "Stats", "Ticket", "Tier", "__version__"]
+__all__ = ["Batches", "Checkpointer", "Deadlines", "HoldfastError", "Stats", "Ticket", "Tier", "__version__", "dcp"]

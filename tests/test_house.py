@@ -18,7 +18,9 @@ FLOORS = {
     "errors": 0, "crashpoints": 0, "_version": 0, "erasure": 1, "snapshot": 1, "storage": 2, "agent": 3, "hooks": 4, "ops": 5,
 }  # fmt: skip
 FOLDERS = ("erasure", "snapshot", "storage", "agent", "hooks", "ops")
-DOORS = frozenset({"holdfast", "holdfast.__main__"})  # the package's own front: they offer what is above them, lazily
+DOORS = frozenset(
+    {"holdfast", "holdfast.__main__", "holdfast.dcp"}
+)  # the package's own front: they offer what is above them, lazily
 GENERATED = frozenset({"holdfast.agent.wire_pb2"})
 TORCH = frozenset({"holdfast.snapshot.capture", "holdfast.snapshot.state", "holdfast.snapshot.cuda",
                    "holdfast.snapshot.live", "holdfast.snapshot.proof", "holdfast.snapshot.replicas",
