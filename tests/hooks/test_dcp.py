@@ -23,7 +23,7 @@ from holdfast.hooks.dcp.numbers import step_of
 from holdfast.hooks.dcp.plans import Delta, grid_of
 from holdfast.ops import cli
 from holdfast.snapshot.layout import ITEM_BYTES
-from holdfast.tests.hooks.nodes import QUICK, Node, bits
+from holdfast.tests.hooks.nodes import QUICK, Node, bits, until
 from holdfast.tests.hooks.test_checkpointer import Loop, trained
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import SavePlan
@@ -202,6 +202,16 @@ def test_an_agent_that_dies_is_waited_for(node: Node) -> None:
         dcp.save({"w": torch.tensor(2)}, storage_writer=write)
         assert node.pid() != pid
         assert int(_loaded({"w": torch.tensor(0)}, holdfast.dcp.Reader(write))["w"]) == 2
+
+
+def test_a_slot_that_is_spilled_is_waited_for(node: Node, tmp_path: Path) -> None:
+    """A training loop would skip these snapshots."""
+    with writer(node, tiers=[Tier(str(tmp_path), every=1)]) as write:
+        for number in range(1, 5):
+            dcp.save({"w": torch.full((300_000,), float(number))}, storage_writer=write)
+            assert write.step == number
+        assert not write.stats().skipped.keys() & {"unprotected", "not-spilled"}
+        until(lambda: node.status().tiers[0].spills > 0, "a spill")
 
 
 def test_a_damaged_copy_is_read_from_elsewhere(node: Node, tmp_path: Path) -> None:
