@@ -148,7 +148,9 @@ class Part:
 
     def copy_from(self, found: npt.NDArray[np.uint8]) -> None:
         """Fill the live tensor; *found* are the bytes of the span."""
-        flat = torch.from_numpy(found).view(self.tensor.dtype)
+        # torch warns of memory that it may not write; it only reads here.
+        memory = (ctypes.c_uint8 * found.nbytes).from_address(found.ctypes.data)
+        flat = torch.frombuffer(memory, dtype=torch.uint8).view(self.tensor.dtype)
         with torch.no_grad():
             self.tensor.copy_(flat.as_strided(self.box.extent, self.span.strides))
 
