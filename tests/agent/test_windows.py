@@ -310,7 +310,9 @@ class Spilled(Agent):
         self.arenas.reserve(0, 2, image_bytes=len(image), table_bytes=4096 + len(text))
         slot = self.arenas.slot(0, 0)
         slot.image[: len(image)] = np.frombuffer(image, np.uint8)
-        self.arenas.seal_read(slot, ONE, rank=0, world=1, watermark=-1, image_bytes=len(image), layout=text)
+        sums = self.arenas.sums(slot, len(image))
+        sums.landed(0, len(image))
+        self.arenas.seal_read(slot, ONE, rank=0, world=1, watermark=-1, image_bytes=len(image), layout=text, sums=sums)
         assert await self.spill(ONE, tiers=tiers) is None
         slot.unseal()
         return image
@@ -394,8 +396,10 @@ def test_a_tier_of_another_node_is_read_by_its_agent(tmp_path: Path) -> None:
             text = LAYOUT.to_text()
             async with b.arenas.filling(0, ONE, image_bytes=len(image), table_bytes=4096 + len(text)) as slot:
                 slot.image[: len(image)] = np.frombuffer(image, np.uint8)
+                sums = b.arenas.sums(slot, len(image))
+                sums.landed(0, len(image))
                 sealed = b.arenas.seal_read(
-                    slot, ONE, rank=0, world=1, watermark=-1, image_bytes=len(image), layout=text
+                    slot, ONE, rank=0, world=1, watermark=-1, image_bytes=len(image), layout=text, sums=sums
                 )
             return wire.MaterialiseReply(path=slot.place.path, how="read", checks_crc=sealed.checks_crc)
 
