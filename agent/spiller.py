@@ -325,9 +325,15 @@ class Spiller:
     # -- keeping tidy ------------------------------------------------------------------------------------------------
 
     def _tidy(self, tier: Tier) -> None:
-        """Delete what need not stay there; at most one such pass at a time."""
+        """Delete what need not stay there; at most one such pass at a time, and one more for what came during it."""
+        tier.untidy = True
         if tier.tidying is None or tier.tidying.done():
-            tier.tidying = asyncio.create_task(self._prune(tier))
+            tier.tidying = asyncio.create_task(self._keep_tidy(tier))
+
+    async def _keep_tidy(self, tier: Tier) -> None:
+        while tier.untidy:
+            tier.untidy = False
+            await self._prune(tier)
 
     async def _prune(self, tier: Tier) -> None:
         try:

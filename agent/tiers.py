@@ -62,6 +62,7 @@ class Tier:
         turns: held by each image that is written there.
         counting: held while it is looked whether an image fits.
         underway: the images that are being written there.
+        untidy: something has come since the last pass over it began.
         shared: whether all nodes see the same, as far as is known.
     """
 
@@ -74,6 +75,7 @@ class Tier:
     counting: asyncio.Lock = field(default_factory=asyncio.Lock)
     underway: Underway = field(default_factory=Underway)
     tidying: asyncio.Task[None] | None = None
+    untidy: bool = False
     closing: asyncio.Task[None] | None = None
     _opening: asyncio.Lock = field(default_factory=asyncio.Lock)
     _store: Store | None = None
