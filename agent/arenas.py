@@ -21,10 +21,11 @@ import numpy.typing as npt
 from ..crashpoints import reach
 from ..erasure.kernel import crc32c
 from ..errors import BudgetExceeded, ConfigError, Corrupt, SnapshotUnknown
-from ..snapshot.arena import Place, Slot, Window, place_for, scan
+from ..snapshot.arena import KnownChecks, Place, Slot, Window, place_for, scan
 from ..snapshot.layout import Layout, align
 from ..snapshot.record import OPEN_WORD, Record, SnapshotId, block_bytes_for, new_nonce
 from ..snapshot.recovery import Held
+from ..snapshot.unchanged import Unchanged
 from .budget import Memory
 from .guard import Cell, Stage
 from .manifest import CellTable, Manifest
@@ -35,6 +36,7 @@ from .tasks import to_the_end
 
 _log = logging.getLogger(__name__)
 _WINDOW_STEP = 1 << 20  # windows are multiples of this: they seldom have to grow
+Checks = npt.NDArray[np.uint32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,12 +218,16 @@ class Arenas:
         """The mapped slot. KeyError if there is none: our own bug, since every session begins with ``reserve``."""
         return self._slots[rank, index]
 
-    def checksum(self, rank: int, index: int, image_bytes: int) -> ImageSums:
-        """Checksum the image that lies in the slot now. Called in a worker thread. Raises ``Corrupt`` if it cannot."""
+    def checksum(self, rank: int, index: int, image_bytes: int, unchanged: Unchanged | None = None) -> ImageSums:
+        """Checksum the image that lies in the slot now; what is *unchanged* keeps the checksums that the slot has of it.
+
+        Called in a worker thread. Raises ``Corrupt`` if it cannot.
+        """
         if (rank, index) not in self._slots:
             raise Corrupt(f"rank {rank} has no slot {index}")
-        checks = self._slots[rank, index].checksums(image_bytes, block_bytes_for(image_bytes), self._pool)
-        return ImageSums(image_bytes, checks)
+        slot, block_bytes = self._slots[rank, index], block_bytes_for(image_bytes)
+        known = slot.known_checks(unchanged, image_bytes, block_bytes) if unchanged is not None else None
+        return ImageSums(image_bytes, slot.checksums(image_bytes, block_bytes, self._pool, known))
 
     def write_record(
         self, index: int, flight: Flight, sums: ImageSums, *, rank: int, world: int, layout: bytes
@@ -413,12 +419,40 @@ class Arenas:
                 self._make(place)
         return self._cells[lane, index]
 
-    def seal_cell(
-        self, lane: int, index: int, id: SnapshotId, table: CellTable, text: bytes, parity_bytes: int
-    ) -> None:
-        """The parity is in the cell: checksum it and make it count. Called in a worker thread."""
+    def reopen_cell(
+        self, lane: int, index: int, *, image_bytes: int, table_bytes: int
+    ) -> tuple[Slot, tuple[CellTable, Checks] | None]:
+        """As ``open_cell``; and the table and the checksums of parity that it held, if the bytes still lie there."""
         slot = self._cells[lane, index]
-        checks = slot.checksums(parity_bytes, table.unit, self._pool)
+        before = self._cell_table(slot)
+        opened = self.open_cell(lane, index, image_bytes=image_bytes, table_bytes=table_bytes)
+        return opened, before if opened is slot else None
+
+    def _cell_table(self, slot: Slot) -> tuple[CellTable, Checks] | None:
+        """What a sealed cell says of itself, and its block checksums; None if it holds nothing, or is damaged."""
+        record = slot.sealed_record()
+        if record is None:
+            return None
+        try:
+            checks, text = slot.read_tables(record)
+            return CellTable.from_text(text), checks
+        except Corrupt as error:
+            _log.warning("%s counts as lost: %s", slot.place.path, error)
+            return None
+
+    def seal_cell(
+        self,
+        lane: int,
+        index: int,
+        id: SnapshotId,
+        table: CellTable,
+        text: bytes,
+        parity_bytes: int,
+        known: KnownChecks | None = None,
+    ) -> None:
+        """The parity is in the cell: checksum what is not *known*, and make it count. Called in a worker thread."""
+        slot = self._cells[lane, index]
+        checks = slot.checksums(parity_bytes, table.unit, self._pool, known)
         slot.write_tables(checks, text)
         record = Record(
             id=id, watermark=-1, rank=lane, world=len(table.manifests), job=self._job, image_bytes=parity_bytes,
@@ -476,12 +510,9 @@ class Arenas:
         """Every sealed cell: (lane, index), of which snapshot, and what it says of itself."""
         found = []
         for where, slot in sorted(self._cells.items()):
-            record = slot.sealed_record()
-            if record is not None:
-                try:
-                    found.append((where, record.id, CellTable.from_text(slot.read_tables(record)[1])))
-                except Corrupt as error:
-                    _log.warning("%s counts as lost: %s", slot.place.path, error)
+            record, held = slot.sealed_record(), self._cell_table(slot)
+            if record is not None and held is not None:
+                found.append((where, record.id, held[0]))
         return found
 
     def cell(self, lane: int, id: SnapshotId, key: int, member: int) -> tuple[Slot, Record] | None:

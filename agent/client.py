@@ -20,6 +20,7 @@ from google.protobuf.message import Message
 from ..errors import AgentError, AgentUnreachable, DeadlinePassed, HoldfastError, every_error
 from ..snapshot.arena import Place
 from ..snapshot.record import SnapshotId
+from ..snapshot.unchanged import Unchanged
 from . import wire_pb2 as wire
 from .settings import PROTOCOL, NodeSettings, check_owner, pid_namespace
 from .trust import Trust
@@ -243,6 +244,12 @@ def id_of(id: wire.Id) -> SnapshotId:
 def wire_id(id: SnapshotId) -> wire.Id:
     """A snapshot's identity for the wire."""
     return wire.Id(run=id.run, generation=id.generation, step=id.step)
+
+
+def unchanged_of(since: int, ranges: Iterable[wire.Range]) -> Unchanged | None:
+    """Which bytes of an image are as an earlier filling of its slot has left them, as it came over the wire."""
+    found = tuple((r.offset, r.offset + r.nbytes) for r in ranges)
+    return Unchanged(since, found) if since and found else None
 
 
 def place_of(slot: wire.SlotPlace, rank: int) -> Place:

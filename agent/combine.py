@@ -145,7 +145,9 @@ class Combiner:
             spot.nbytes, spot.count = max(spot.nbytes, piece.nbytes), spot.count + 1
         outcome = Outcome()
         work: list[asyncio.Future[None]] = [
-            asyncio.ensure_future(asyncio.to_thread(self._clear, ranges or [(0, len(self._target))]))
+            asyncio.ensure_future(
+                asyncio.to_thread(self._clear, [(0, len(self._target))] if ranges is None else ranges)
+            )
         ]
         work += [
             asyncio.ensure_future(self._add(where, mine, sources[where], outcome)) for where, mine in pieces.items()

@@ -16,8 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..erasure.kernel import crc32c
+from ..erasure.stripes import Geometry
 from ..errors import Corrupt
 from ..snapshot.record import BLOCK_SIZES, Record
+from ..snapshot.unchanged import Mask, Unchanged, blocks_within
 from .guard import Offer
 
 
@@ -28,6 +30,7 @@ class Manifest:
     record: Record
     checks: npt.NDArray[np.uint32]
     layout: bytes
+    unchanged: Unchanged | None = None  # as its trainer said; not part of a cell's table
 
     @classmethod
     def of(cls, record: bytes, checks: bytes, layout: bytes) -> Manifest:
@@ -80,6 +83,29 @@ class CellTable:
         """The rank of each member in this lane, -1 where it has none."""
         return [-1 if m is None else m.record.rank for m in self.manifests]
 
+    @property
+    def geometry(self) -> Geometry:
+        """How the lane is cut."""
+        return Geometry.of(self.lengths, self.tolerance, self.unit)
+
+    def same_parity(self, before: CellTable) -> Mask:
+        """``bool[blocks]``: which blocks, of the unit, of this parity are those of *before*, as none of the images differs there.
+
+        That a segment is unchanged is only believed of the very images that went into *before*.
+        """
+        geometry, row_blocks = self.geometry, self.geometry.segment_bytes // self.unit
+        same = np.zeros((geometry.m, row_blocks), np.bool_)
+        cut = (before.me, before.unit, before.geometry) == (self.me, self.unit, geometry)
+        if cut:
+            nbytes = geometry.k * geometry.segment_bytes
+            pairs = zip(self.manifests, before.manifests, strict=True)
+            members = [_same_blocks(now, then, nbytes, self.unit).reshape(geometry.k, -1) for now, then in pairs]
+            for row in range(geometry.m):
+                stripe = geometry.stripe(self.me, geometry.k + row)
+                parts = [members[geometry.member(stripe, position)][position] for position in range(geometry.k)]
+                same[row] = np.logical_and.reduce(parts)
+        return same.reshape(-1)
+
     def to_text(self) -> bytes:
         """The cell's text."""
         members = [
@@ -117,3 +143,14 @@ class CellTable:
             return table
         except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
             raise Corrupt(f"a parity cell's table cannot be read: {error}") from error
+
+
+def _same_blocks(now: Manifest | None, then: Manifest | None, nbytes: int, unit: int) -> Mask:
+    """Which blocks of an image, padded with zeros to *nbytes*, are those that another image of that member had there."""
+    if now is None or then is None:
+        return np.full(nbytes // unit, now is then)
+    if now.record.rank != then.record.rank or now.unchanged is None or now.unchanged.since != then.record.nonce:
+        return np.zeros(nbytes // unit, np.bool_)
+    shorter, longer = sorted((now.record.image_bytes, then.record.image_bytes))
+    ranges = [(start, min(end, shorter)) for start, end in now.unchanged.ranges]
+    return blocks_within([*ranges, (longer, nbytes)], nbytes, unit)

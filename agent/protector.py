@@ -7,19 +7,21 @@ import logging
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
 from ..erasure.placement import Mode, Node, Protection, groups, shared
 from ..erasure.stripes import Geometry, Kind, Term, parity_terms
 from ..errors import AgentMismatch, ConfigError, Corrupt, HoldfastError, SnapshotUnknown, SourceGone
-from ..snapshot.arena import Slot
+from ..snapshot.arena import KnownChecks, Slot
 from ..snapshot.beat import NONE
 from ..snapshot.record import Record, SnapshotId, block_bytes_for, table_bytes_for
+from ..snapshot.unchanged import Unchanged, due, runs
 from . import wire_pb2 as wire
 from .arenas import Arenas, recorded, release
 from .bulk import BulkServer, Piece, Stream
-from .client import id_of, wire_id
+from .client import id_of, unchanged_of, wire_id
 from .combine import Combiner, Outcome, Source, SourceFailed, Where
 from .guard import (
     Abandon,
@@ -94,6 +96,7 @@ class Protector:
         self._pool = ThreadPoolExecutor(_STREAMS, "combine")
         self._streams = asyncio.Semaphore(_STREAMS)
         self._places: dict[tuple[int, int], asyncio.Task[None]] = {}  # who fills, or last filled, each cell
+        self._turns: dict[tuple[int, int], int] = {}  # how often each cell was filled over what it held
         self._recorded: dict[
             tuple[int, SnapshotId], SnapshotId | None
         ] = {}  # what each rank recorded last, and its keep
@@ -229,8 +232,11 @@ class Protector:
 
     # -- images of this node -----------------------------------------------------------------------------------------
 
-    def recorded(self, rank: int, id: SnapshotId, keep: SnapshotId | None) -> None:
-        """An image of this node is recorded, and may be pulled. *keep*: what must not be lost before it is protected."""
+    def recorded(self, rank: int, id: SnapshotId, keep: SnapshotId | None, unchanged: Unchanged | None = None) -> None:
+        """An image of this node is recorded, and may be pulled.
+
+        *keep*: what must not be lost before it is protected. *unchanged*: what of the image its slot held before.
+        """
         self._recorded = {k: v for k, v in self._recorded.items() if k[0] != rank or k[1].run == id.run}
         mine = sorted(key for key in self._recorded if key[0] == rank)
         for old in mine[:-_REMEMBERED]:
@@ -245,7 +251,7 @@ class Protector:
             _log.warning("the image of %s of rank %d cannot be read, and will not be protected", id, rank)
             return
         offer = manifest.offer(*place)
-        self._manifests[offer] = manifest
+        self._manifests[offer] = replace(manifest, unchanged=unchanged)
         self._perform(self._guard.recorded(offer, keep, time.monotonic()))
 
     def complete(self, id: SnapshotId, attached: Collection[int] = ()) -> None:
@@ -322,12 +328,7 @@ class Protector:
         address, pause_s = self._addresses[member], _REPEAT_FROM_S
         while (manifest := self._manifests.get(offer)) is not None and offer in self._guard.mine():
             crc, known = manifest.record.layout_crc, self._known.get((address, offer.rank))
-            message = wire.Offer(
-                rank=offer.rank,
-                record=manifest.record.to_bytes(),
-                checks=manifest.checks.tobytes(),
-                layout=b"" if known == crc else manifest.layout,
-            )
+            message = _wire_offer(manifest, with_layout=known != crc)
             try:
                 reply = await self._peers.offer(address, message)
             except HoldfastError as error:
@@ -402,27 +403,44 @@ class Protector:
         assert table is not None
         manifests = tuple(None if offer is None else self._manifests[offer] for offer in action.offers)
         said = CellTable(manifests, table.me, table.tolerance, action.key)
-        text = said.to_text()
-        geometry = Geometry.of(said.lengths, table.tolerance, said.unit)
-        terms = parity_terms(geometry, said.lengths, table.me)
-        sizes = {
-            "image_bytes": geometry.parity_bytes,
-            "table_bytes": table_bytes_for(geometry.parity_bytes, len(text)),
-        }
-        slot = await to_the_end(asyncio.to_thread(self._arenas.open_cell, action.lane, action.cell, **sizes))
+        text, geometry, where = said.to_text(), said.geometry, (action.lane, action.cell)
+        slot, known = await to_the_end(asyncio.to_thread(self._opened, where, said, geometry, len(text)))
+        blocks = [(0, geometry.parity_bytes // said.unit)] if known is None else runs(~known[0])
+        ranges = [(first * said.unit, last * said.unit) for first, last in blocks]
+        terms = [term for part in ranges for term in parity_terms(geometry, said.lengths, table.me, *part)]
         sources = {
             (index, Kind.IMAGE): self._peer_image(self._addresses[index], manifest, "protect")
             for index, manifest in enumerate(manifests)
             if manifest is not None and index != table.me
         }
-        outcome = await self._combine(slot.image[: geometry.parity_bytes], said.unit, terms, sources)
+        outcome = await self._combine(slot.image[: geometry.parity_bytes], said.unit, terms, sources, ranges)
         if outcome.damaged:
             raise Corrupt(f"damaged at their owners: {self._damage(outcome, manifests)}")
-        where = action.lane, action.cell
         await to_the_end(
-            asyncio.to_thread(self._arenas.seal_cell, *where, action.id, said, text, geometry.parity_bytes)
+            asyncio.to_thread(self._arenas.seal_cell, *where, action.id, said, text, geometry.parity_bytes, known)
         )
         return outcome
+
+    def _opened(
+        self, where: tuple[int, int], said: CellTable, geometry: Geometry, text_bytes: int
+    ) -> tuple[Slot, KnownChecks | None]:
+        """The cell to fill, and which of its blocks need not be: they are made of bytes that no member has changed since.
+
+        Called in a worker thread.
+        """
+        sizes = {
+            "image_bytes": geometry.parity_bytes,
+            "table_bytes": table_bytes_for(geometry.parity_bytes, text_bytes),
+        }
+        if not any(manifest.unchanged for manifest in said.manifests if manifest is not None):
+            return self._arenas.open_cell(*where, **sizes), None
+        slot, before = self._arenas.reopen_cell(*where, **sizes)
+        if before is None:
+            return slot, None
+        same = said.same_parity(before[0])
+        turn = self._turns[where] = self._turns.get(where, -1) + 1
+        same[due(len(same), turn)] = False
+        return slot, (same, before[1])
 
     async def _combine(
         self,
@@ -483,16 +501,9 @@ class Protector:
                 continue
             room -= len(manifest.layout) + manifest.checks.nbytes
             if room >= 0 or not said.offers:
-                said.offers.append(
-                    wire.Offer(
-                        job=self._job,
-                        agent=self._name,
-                        rank=offer.rank,
-                        record=manifest.record.to_bytes(),
-                        checks=manifest.checks.tobytes(),
-                        layout=manifest.layout,
-                    )
-                )
+                full = _wire_offer(manifest, with_layout=True)
+                full.job, full.agent = self._job, self._name
+                said.offers.append(full)
             elif table is not None and request.agent in table.agents:
                 member = table.agents.index(request.agent)
                 self._known.pop((self._addresses[member], offer.rank), None)  # it asks because it knows nothing
@@ -569,7 +580,8 @@ class Protector:
         layout = layouts.get(record.layout_crc)
         if layout is None:
             return False
-        manifest = Manifest.of(message.record, message.checks, layout)
+        found = Manifest.of(message.record, message.checks, layout)
+        manifest = replace(found, unchanged=unchanged_of(message.since, message.unchanged))
         offer = manifest.offer(*place)
         self._manifests.setdefault(offer, manifest)
         self._perform(self._guard.offered(offer, time.monotonic()))
@@ -662,3 +674,16 @@ def _holds(look: Callable[[], Record | None], record: Record) -> bool:
 def _view(slot: Slot, still: Callable[[], bool], offset: int, nbytes: int) -> memoryview | None:
     """The bytes, if the slot still holds them."""
     return slot.image[offset : offset + nbytes].data if still() else None
+
+
+def _wire_offer(manifest: Manifest, *, with_layout: bool) -> wire.Offer:
+    """An image as peers are told of it; who says it is for the sender to add."""
+    unchanged = manifest.unchanged or Unchanged(0, ())
+    return wire.Offer(
+        rank=manifest.record.rank,
+        record=manifest.record.to_bytes(),
+        checks=manifest.checks.tobytes(),
+        layout=manifest.layout if with_layout else b"",
+        since=unchanged.since,
+        unchanged=[wire.Range(offset=start, nbytes=end - start) for start, end in unchanged.ranges],
+    )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from ..snapshot.record import SnapshotId
+from ..snapshot.unchanged import Unchanged
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class Copied:
     layout: int
     image_bytes: int
     keep: SnapshotId | None = None  # what must not be lost before this is protected
+    unchanged: Unchanged | None = None  # what of it the slot held before
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ class Checksum:
     slot: int
     nonce: int
     image_bytes: int
+    unchanged: Unchanged | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,7 @@ class Flight:
     watermark: int
     layout: int
     keep: SnapshotId | None = None
+    unchanged: Unchanged | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +106,9 @@ class Session:
 def advance(session: Session, event: Event) -> tuple[Session, list[Action]]:
     """What *event* leads to. Events about a flight that is over (another nonce in the slot) change nothing."""
     if isinstance(event, Copied):
-        flight = Flight(event.nonce, event.id, event.watermark, event.layout, event.keep)
-        return session.with_flight(event.slot, flight), [Checksum(event.slot, event.nonce, event.image_bytes)]
+        flight = Flight(event.nonce, event.id, event.watermark, event.layout, event.keep, event.unchanged)
+        checksum = Checksum(event.slot, event.nonce, event.image_bytes, event.unchanged)
+        return session.with_flight(event.slot, flight), [checksum]
     found = session.flights.get(event.slot)
     if found is None or found.nonce != event.nonce:
         return session, []

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import grpc
@@ -22,7 +23,7 @@ from ..snapshot.recovery import Held
 from . import protocol
 from . import wire_pb2 as wire
 from .arenas import Arenas, ImageSums
-from .client import error_text, id_of, wire_id
+from .client import error_text, id_of, unchanged_of, wire_id
 from .protector import Protector
 from .settings import PROTOCOL, NodeSettings, machine, pid_namespace
 from .spiller import Spiller
@@ -270,7 +271,7 @@ class AgentService:
                     sums, layout = trainer.sums[flight.nonce], trainer.layouts[flight.layout]
                     self._arenas.write_record(slot, flight, sums, rank=rank, world=world, layout=layout)
                     if self.protector is not None:
-                        self.protector.recorded(rank, flight.id, flight.keep)
+                        self.protector.recorded(rank, flight.id, flight.keep, flight.unchanged)
                 case protocol.TellPrepared(slot, nonce) if not trainer.gone.is_set():
                     await write(wire.FromAgent(prepared=wire.Prepared(slot=slot, nonce=nonce)))
 
@@ -304,7 +305,8 @@ class AgentService:
     async def _checksum(self, trainer: _Trainer, action: protocol.Checksum, write: Write) -> None:
         rank, slot, nonce = trainer.hello.rank, action.slot, action.nonce
         try:
-            trainer.sums[nonce] = await asyncio.to_thread(self._arenas.checksum, rank, slot, action.image_bytes)
+            checksum = partial(self._arenas.checksum, rank, slot, action.image_bytes, action.unchanged)
+            trainer.sums[nonce] = await asyncio.to_thread(checksum)
             await self._advance(trainer, protocol.Checksummed(slot, nonce), write)
         except Exception as error:  # noqa: BLE001 - the trainer must hear of it, or it waits for this slot forever
             _log.warning("rank %d: slot %d cannot be sealed: %s", rank, slot, error)
@@ -579,7 +581,8 @@ def _event(message: wire.FromTrainer) -> protocol.Event | None:
             m = message.copied
             id = SnapshotId(m.generation, m.step, m.run)
             keep = id_of(m.keep) if m.HasField("keep") else None
-            return protocol.Copied(m.slot, m.nonce, id, m.watermark, m.layout, m.image_bytes, keep)
+            unchanged = unchanged_of(m.since, m.unchanged)
+            return protocol.Copied(m.slot, m.nonce, id, m.watermark, m.layout, m.image_bytes, keep, unchanged)
         case "discarded":
             return protocol.Discarded(message.discarded.slot, message.discarded.nonce)
     return None

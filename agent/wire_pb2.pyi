@@ -231,7 +231,7 @@ class LayoutText(_message.Message):
     def __init__(self, number: _Optional[int] = ..., text: _Optional[bytes] = ...) -> None: ...
 
 class Copied(_message.Message):
-    __slots__ = ("slot", "nonce", "run", "generation", "step", "watermark", "layout", "image_bytes", "keep", "floor_stands", "persisted")
+    __slots__ = ("slot", "nonce", "run", "generation", "step", "watermark", "layout", "image_bytes", "keep", "floor_stands", "persisted", "since", "unchanged")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     NONCE_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
@@ -243,6 +243,8 @@ class Copied(_message.Message):
     KEEP_FIELD_NUMBER: _ClassVar[int]
     FLOOR_STANDS_FIELD_NUMBER: _ClassVar[int]
     PERSISTED_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    UNCHANGED_FIELD_NUMBER: _ClassVar[int]
     slot: int
     nonce: int
     run: str
@@ -254,7 +256,9 @@ class Copied(_message.Message):
     keep: Id
     floor_stands: bool
     persisted: int
-    def __init__(self, slot: _Optional[int] = ..., nonce: _Optional[int] = ..., run: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., watermark: _Optional[int] = ..., layout: _Optional[int] = ..., image_bytes: _Optional[int] = ..., keep: _Optional[_Union[Id, _Mapping]] = ..., floor_stands: bool = ..., persisted: _Optional[int] = ...) -> None: ...
+    since: int
+    unchanged: _containers.RepeatedCompositeFieldContainer[Range]
+    def __init__(self, slot: _Optional[int] = ..., nonce: _Optional[int] = ..., run: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., watermark: _Optional[int] = ..., layout: _Optional[int] = ..., image_bytes: _Optional[int] = ..., keep: _Optional[_Union[Id, _Mapping]] = ..., floor_stands: bool = ..., persisted: _Optional[int] = ..., since: _Optional[int] = ..., unchanged: _Optional[_Iterable[_Union[Range, _Mapping]]] = ...) -> None: ...
 
 class Discarded(_message.Message):
     __slots__ = ("slot", "nonce", "reason", "id")
@@ -279,7 +283,7 @@ class Grow(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., image_bytes: _Optional[int] = ..., table_bytes: _Optional[int] = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("step", "watermark", "taken", "skipped", "last_stall_s", "last_copy_s")
+    __slots__ = ("step", "watermark", "taken", "skipped", "last_stall_s", "last_copy_s", "image_bytes", "copied_bytes")
     class SkippedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -293,13 +297,17 @@ class Report(_message.Message):
     SKIPPED_FIELD_NUMBER: _ClassVar[int]
     LAST_STALL_S_FIELD_NUMBER: _ClassVar[int]
     LAST_COPY_S_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    COPIED_BYTES_FIELD_NUMBER: _ClassVar[int]
     step: int
     watermark: int
     taken: int
     skipped: _containers.ScalarMap[str, int]
     last_stall_s: float
     last_copy_s: float
-    def __init__(self, step: _Optional[int] = ..., watermark: _Optional[int] = ..., taken: _Optional[int] = ..., skipped: _Optional[_Mapping[str, int]] = ..., last_stall_s: _Optional[float] = ..., last_copy_s: _Optional[float] = ...) -> None: ...
+    image_bytes: int
+    copied_bytes: int
+    def __init__(self, step: _Optional[int] = ..., watermark: _Optional[int] = ..., taken: _Optional[int] = ..., skipped: _Optional[_Mapping[str, int]] = ..., last_stall_s: _Optional[float] = ..., last_copy_s: _Optional[float] = ..., image_bytes: _Optional[int] = ..., copied_bytes: _Optional[int] = ...) -> None: ...
 
 class Goodbye(_message.Message):
     __slots__ = ()
@@ -710,20 +718,24 @@ class SpillReply(_message.Message):
     def __init__(self, accepted: bool = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Offer(_message.Message):
-    __slots__ = ("job", "agent", "rank", "record", "checks", "layout")
+    __slots__ = ("job", "agent", "rank", "record", "checks", "layout", "since", "unchanged")
     JOB_FIELD_NUMBER: _ClassVar[int]
     AGENT_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     RECORD_FIELD_NUMBER: _ClassVar[int]
     CHECKS_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    UNCHANGED_FIELD_NUMBER: _ClassVar[int]
     job: str
     agent: str
     rank: int
     record: bytes
     checks: bytes
     layout: bytes
-    def __init__(self, job: _Optional[str] = ..., agent: _Optional[str] = ..., rank: _Optional[int] = ..., record: _Optional[bytes] = ..., checks: _Optional[bytes] = ..., layout: _Optional[bytes] = ...) -> None: ...
+    since: int
+    unchanged: _containers.RepeatedCompositeFieldContainer[Range]
+    def __init__(self, job: _Optional[str] = ..., agent: _Optional[str] = ..., rank: _Optional[int] = ..., record: _Optional[bytes] = ..., checks: _Optional[bytes] = ..., layout: _Optional[bytes] = ..., since: _Optional[int] = ..., unchanged: _Optional[_Iterable[_Union[Range, _Mapping]]] = ...) -> None: ...
 
 class OfferReply(_message.Message):
     __slots__ = ("need_layout",)

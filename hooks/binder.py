@@ -73,6 +73,7 @@ class Binder:
         self._suspect = state.shuffles
         self._changes = 0
         self._shared: frozenset[str] = frozenset()
+        self._doubted: set[str] = set()  # frozen, and written all the same, without a count
 
     @property
     def pending(self) -> bool:
@@ -121,7 +122,10 @@ class Binder:
             _log.warning("ranks %s should hold the same bytes and do not; each keeps its own copy", list(members))
         everyone = tuple(range(self._ranks.world))
         self._shared = frozenset(piece.name for piece in held if piece.members == everyone)
-        self._bind(Layout.of(next(_numbers), share(held, self._ranks.rank)), survey)
+        # What may stand still comes first: then most blocks of the image hold nothing else, and need not be looked at again.
+        frozen = {item.slice.name for item in survey.items if item.frozen}
+        mine = sorted(share(held, self._ranks.rank), key=lambda piece: piece.name not in frozen)
+        self._bind(Layout.of(next(_numbers), mine), survey)
         return True
 
     def adopt(self, survey: Survey) -> None:
@@ -176,7 +180,7 @@ class Binder:
         self._suspect = True
 
     def _bind(self, layout: Layout, survey: Survey) -> None:
-        self._binding = bind(layout, survey, self._eager_names(), sorted(self._shared))
+        self._binding = bind(layout, survey, self._eager_names(), sorted(self._shared), self._doubted)
 
     def note_torn(self, names: list[str]) -> None:
         """Count tensors that were mutated in the window; those that make a habit of it become eager."""

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Final
 
+from ..agent import wire_pb2 as wire
 from ..errors import HoldfastError, SnapshotSkipped
 from .contract import Restored, Stats
 
@@ -65,6 +66,20 @@ class Books:
         self.stats.stall_s.append(self._stall_s)
         self._stall_s = 0.0
         self._step_began_s = time.monotonic()
+
+    def report(self, step: int, watermark: int) -> wire.Report:
+        """Figures for ``holdfast status``."""
+        stats = self.stats
+        return wire.Report(
+            step=step,
+            watermark=watermark,
+            taken=stats.taken,
+            skipped=dict(stats.skipped),
+            last_stall_s=self.last_stall_s,
+            last_copy_s=stats.copy_s,
+            image_bytes=stats.image_bytes,
+            copied_bytes=stats.copied_bytes,
+        )
 
     @property
     def busy_us(self) -> int:

@@ -31,7 +31,7 @@ from ..agent.settings import NodeSettings
 from ..errors import HoldfastError, SnapshotSkipped, StateUnreachable
 from ..snapshot.arena import Slot
 from ..snapshot.beat import NONE, Agreed
-from ..snapshot.capture import Binding, Capture, Copier, copier_for
+from ..snapshot.capture import Capture, Copier, copier_for
 from ..snapshot.eager import Values
 from ..snapshot.record import SnapshotId, table_bytes_for
 from ..snapshot.recovery import HeldParity, Relied, plan, relied_on
@@ -101,8 +101,8 @@ class Checkpointer:
 
         Args:
             model: the model, or several by name.
-            optimizer: the optimizer, or several by name. torch optimizers are fenced by a hook; for any other kind call
-                ``fence`` before each of its steps.
+            optimizer: the optimizer, or several by name, such as one for each parameter that is stepped during backward. torch
+                optimizers are fenced by a hook; for any other kind call ``fence`` before each of its steps.
             extras: whatever else makes up the state, by name: objects with ``state_dict`` and ``load_state_dict``,
                 dicts and lists (restored in place), random generators.
             every: take a snapshot at each step that this divides; 1 by default.
@@ -226,8 +226,11 @@ class Checkpointer:
         Waits for the copy under way, which in most steps has long ended. Calling it more often than needed does no harm.
         """
         with self._books.guard("fence"):
-            self._close_window()
+            if self._flight is not None:
+                self._close_window()
             self._copier.fence(self._deadlines.fence)  # again: another stream may be about to mutate
+            if not self._pulse.fenced():
+                return
         with self._books.guard("beat"):
             if self._binder.started:
                 self._pulse.start(self._standing)
@@ -462,17 +465,18 @@ class Checkpointer:
         values.release(slot.image[offset:])
         capture = Capture(binding, self._copier, id.step, lambda: self._binder.still_true(binding))
         self._flight = _Flight(id, capture)
-        capture.start(slot, lambda seconds: self._copied(id, binding, values, seconds))
+        capture.start(slot, lambda seconds: self._copied(id, capture, values, seconds))
         self._digest = None if capture.digest is None else (id.step, capture.digest)
         return None
 
-    def _copied(self, id: SnapshotId, binding: Binding, values: Values, seconds: float) -> None:
+    def _copied(self, id: SnapshotId, capture: Capture, values: Values, seconds: float) -> None:
         """On the copying thread: every byte of the tensors has landed."""
-        self._stats.copy_s = seconds
-        reason = self._holding.copied(id, binding.layout, values)
-        self._text_bytes = (
-            0 if reason else values.text_bytes
-        )  # 0: the next are encoded before a slot is chosen for them
+        layout, unchanged = capture.binding.layout, capture.unchanged()
+        reason = self._holding.copied(id, layout, values, unchanged)
+        self._stats.copy_s, self._stats.image_bytes = seconds, layout.values_offset + values.nbytes
+        self._stats.copied_bytes = self._stats.image_bytes - unchanged.nbytes
+        # 0: the next are encoded before a slot is chosen for them
+        self._text_bytes = 0 if reason else values.text_bytes
         self._books.skip(reason)
         self._report(id.step)
 
@@ -501,6 +505,7 @@ class Checkpointer:
                 f"state that changes there belongs into extras"
             )
         self._holding.fenced(flight.id)
+        flight.capture.settled()
 
     def _protect_again(self, restored: SnapshotId, relied: Relied) -> None:
         """Nodes that came, and ranks that moved, have the restored snapshot protected before training goes on. Collective.
@@ -687,13 +692,4 @@ class Checkpointer:
         if now_s - self._reported_s < _REPORT_EVERY_S:
             return
         self._reported_s = now_s
-        self._holding.report(
-            wire.Report(
-                step=step,
-                watermark=self._pulse.agreed.watermark,
-                taken=self._stats.taken,
-                skipped=dict(self._stats.skipped),
-                last_stall_s=self._books.last_stall_s,
-                last_copy_s=self._stats.copy_s,
-            )
-        )
+        self._holding.report(self._books.report(step, self._pulse.agreed.watermark))

@@ -83,6 +83,8 @@ class Stats:
         skipped: how often no snapshot was taken or kept, by reason.
         stall_s: training-thread time in our calls, per step; the newest 10,000.
         copy_s: duration of the last lazy copy.
+        image_bytes: length of this rank's image in the last snapshot.
+        copied_bytes: how much of it was copied; the rest, which nothing trains, lay in its slot already.
         restore_s: duration of the last restore, None if there was none.
         restored: what it brought back.
         reprotect_s: how much of it went into protecting the restored snapshot again; None if there is nobody to do so.
@@ -92,6 +94,8 @@ class Stats:
     skipped: Counter[str] = field(default_factory=Counter)
     stall_s: deque[float] = field(default_factory=lambda: deque(maxlen=10_000))
     copy_s: float = 0.0
+    image_bytes: int = 0
+    copied_bytes: int = 0
     restore_s: float | None = None
     restored: Restored | None = None
     reprotect_s: float | None = None

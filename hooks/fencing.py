@@ -31,4 +31,5 @@ def fence_before_step(optimizer: torch.optim.Optimizer, fence: Callable[[], None
 
         return args[:1], {**kwargs, "closure": closure}
 
-    return optimizer.register_step_pre_hook(hook)
+    # A compiled step calls it, too; the compiler must not look into it.
+    return optimizer.register_step_pre_hook(torch.compiler.disable(hook))  # type: ignore[no-untyped-call]

@@ -23,6 +23,7 @@ from ..snapshot.eager import Values
 from ..snapshot.layout import Layout
 from ..snapshot.record import SnapshotId, new_nonce
 from ..snapshot.slots import Event, SlotState, Stage, find, overwritable
+from ..snapshot.unchanged import Unchanged
 
 _log = logging.getLogger(__name__)
 _RETRY_FROM_S: Final = 0.05
@@ -179,7 +180,7 @@ class Holding:
                 self._layout = wire.FromTrainer(layout=wire.LayoutText(number=number, text=text))
                 self._send(self._layout)
 
-    def copied(self, id: SnapshotId, layout: Layout, values: Values) -> str | None:
+    def copied(self, id: SnapshotId, layout: Layout, values: Values, unchanged: Unchanged) -> str | None:
         """Every byte of the tensors is in the slot; have *values* there, too. Returns why that could not be, else None; the
         snapshot is given up then.
 
@@ -205,7 +206,8 @@ class Holding:
             copied = wire.Copied(
                 slot=index, nonce=flight.nonce, run=id.run, generation=id.generation, step=id.step,
                 watermark=flight.watermark, layout=layout.number, image_bytes=image_bytes, keep=flight.keep,
-                floor_stands=self._floor_stands, persisted=self.persisted + 1,
+                floor_stands=self._floor_stands, persisted=self.persisted + 1, since=unchanged.since,
+                unchanged=[wire.Range(offset=start, nbytes=end - start) for start, end in unchanged.ranges],
             )  # fmt: skip
             flight.copied = wire.FromTrainer(copied=copied)
             self._send(flight.copied)

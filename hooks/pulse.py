@@ -92,8 +92,18 @@ class Pulse:
         self._relayout = relayout
         self._advanced = advanced
         self._ordinal = 0  # of the step now running
+        self._fences, self._usual_fences = 0, 1  # of the running step so far, and of the one before
         self._beat: _UnderWay | None = None
         self.missed_stop = False
+
+    def fenced(self) -> bool:
+        """Count a fence of the running step; whether this is the time to begin its beat.
+
+        That is the last one, as far as can be told from the step before. Where each parameter has an optimizer of its own, which
+        steps during backward, there are many, and the first of them comes too soon: what this rank could tell then is less.
+        """
+        self._fences += 1
+        return self._fences == self._usual_fences
 
     def start(self, standing: Callable[[], Standing]) -> None:
         """Begin the running step's beat, unless it has begun, an older one is still under way, or ranks must align."""
@@ -114,6 +124,7 @@ class Pulse:
         try:
             self.start(standing)
         finally:
+            self._usual_fences, self._fences = max(self._fences, 1), 0
             self._ordinal = ordinal + 1  # whatever happens here: ranks that count differently never meet again
         if self._beat is None:
             return Verdict(False, "ranks-apart" if wanted else None)

@@ -142,7 +142,7 @@ def _heading(address: str, r: wire.StatusReport) -> Iterator[str]:
 def _trainer_table(report: wire.StatusReport) -> Table:
     from rich.table import Table
 
-    table = Table("rank", "trainer", "step", "watermark", "taken", "last stall", "last copy", "skipped")
+    table = Table("rank", "trainer", "step", "watermark", "taken", "last stall", "last copy", "copied", "skipped")
     for trainer in report.trainers:
         t = _trainer_json(trainer)
         table.add_row(
@@ -153,9 +153,17 @@ def _trainer_table(report: wire.StatusReport) -> Table:
             _shown(t["taken"]),
             _NONE if t["last_stall_s"] is None else show_milliseconds(t["last_stall_s"]),
             _NONE if t["last_copy_s"] is None else show_milliseconds(t["last_copy_s"]),
+            _copied(t["copied_bytes"], t["image_bytes"]),
             _skips(t["skipped"]),
         )
     return table
+
+
+def _copied(copied_bytes: int | None, image_bytes: int | None) -> str:
+    """Like ``1.2 MiB of 120.0 MiB``: the rest lay in the slot already."""
+    if copied_bytes is None or image_bytes is None:
+        return _NONE
+    return f"{show_bytes(copied_bytes)} of {show_bytes(image_bytes)}"
 
 
 def _skips(skipped: dict[str, int]) -> str:
@@ -266,6 +274,8 @@ def _trainer_json(t: wire.TrainerStatus) -> dict[str, Any]:
         "skipped": dict(report.skipped),
         "last_stall_s": report.last_stall_s if told else None,
         "last_copy_s": report.last_copy_s if told else None,
+        "image_bytes": report.image_bytes or None,
+        "copied_bytes": report.copied_bytes or None,
     }
 
 

@@ -37,6 +37,7 @@ from ..erasure.kernel import block_checksums, crc32c
 from ..errors import BudgetExceeded, ConfigError, Corrupt
 from .layout import Layout, align
 from .record import FREE_WORD, OPEN_WORD, RECORD_BYTES, Record
+from .unchanged import Mask, Unchanged, runs
 
 PAGE: Final = 4096
 _WORD_OFFSET: Final = PAGE
@@ -49,6 +50,8 @@ _NAME: Final = re.compile(  # one name for each slot
 _WINDOW: Final = re.compile(r"window-(?:[0-9]{5}|[1-9][0-9]{5,})\.[0-9]")
 
 Bytes = npt.NDArray[np.uint8]
+KnownChecks = tuple[Mask, npt.NDArray[np.uint32]]
+"""Of which blocks the checksum is known, ``bool[blocks]``, and a table that has it for each of these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +101,13 @@ class Slot:
         place: where it lies.
         inode: identity of the file behind the mapping; a slot that was replaced has another one.
         image: ``uint8[place.image_bytes]``, shared with every other process that maps the slot.
+        before: the commit word that the filling under way, if it was begun here, has overwritten.
     """
 
     def __init__(self, place: Place, descriptor: int) -> None:
         self.place = place
         self.inode = os.fstat(descriptor).st_ino
+        self.before = FREE_WORD
         self._map = mmap.mmap(descriptor, place.file_bytes)
         self._bytes: Bytes = np.frombuffer(self._map, np.uint8)
         self.image: Bytes = self._bytes[_TABLE_OFFSET + place.table_bytes :]
@@ -151,6 +156,7 @@ class Slot:
 
     def unseal_to_fill(self) -> None:
         """The slot is being filled. Must come before the first byte of the image is overwritten."""
+        self.before = self.word
         self._word[0] = OPEN_WORD
 
     def commit(self, nonce: int) -> None:
@@ -234,8 +240,12 @@ class Slot:
             raise Corrupt(f"{self.place.path}: the layout of {record.id} is longer than its image")
         return layout
 
-    def checksums(self, image_bytes: int, block_bytes: int, pool: Executor | None = None) -> npt.NDArray[np.uint32]:
+    def checksums(
+        self, image_bytes: int, block_bytes: int, pool: Executor | None = None, known: KnownChecks | None = None
+    ) -> npt.NDArray[np.uint32]:
         """crc32c of each block of the first *image_bytes* of the image, computed now; ``uint32[blocks]``.
+
+        *known*: of which blocks it is not computed, but taken from there.
 
         Raises ``Corrupt`` if the slot has not so many bytes.
         """
@@ -244,7 +254,32 @@ class Slot:
             raise Corrupt(
                 f"an image of {image_bytes} bytes is said to be in {self.place.path}, which holds {image.nbytes}"
             )
-        return block_checksums(image.ctypes.data, image_bytes, block_bytes, pool)
+        address = int(image.ctypes.data)
+        if known is None:
+            return block_checksums(address, image_bytes, block_bytes, pool)
+        same, checks = known
+        found = np.empty(len(same), np.uint32)
+        found[same] = checks[np.flatnonzero(same)]
+        for first, last in runs(~same):
+            start, end = first * block_bytes, min(last * block_bytes, image_bytes)
+            found[first:last] = block_checksums(address + start, end - start, block_bytes, pool)
+        return found
+
+    def known_checks(self, unchanged: Unchanged, image_bytes: int, block_bytes: int) -> KnownChecks | None:
+        """What need not be computed again: the checksums of blocks that are as in an earlier filling, by its tables.
+
+        None if the slot does not have that filling's tables any more, whole, or in blocks of that size.
+        """
+        try:
+            record, _ = self.read_record()
+            if record.nonce != unchanged.since or record.block_bytes != block_bytes or not self._fits(record):
+                return None
+            checks, _ = self.read_tables(record)
+        except Corrupt:
+            return None
+        same = unchanged.blocks(image_bytes, block_bytes)
+        same[min(record.image_bytes, image_bytes) // block_bytes :] = False  # a last, shorter one may have been longer
+        return same, checks
 
     def _fits(self, record: Record) -> bool:
         """Whether every length in the record stays inside this slot: checked before any of them is used."""

@@ -33,8 +33,11 @@ from ..crashpoints import reach
 from ..erasure.kernel import crc32c
 from ..errors import DeadlinePassed, StateRefused
 from .arena import Slot
+from .frozen import Filling, Frozen, Part
 from .layout import Layout, Slice
+from .record import FREE_WORD
 from .state import Item, Survey
+from .unchanged import Unchanged
 from .vectored import WORD_BYTES, Regions, Words, words_of
 
 # Larger contiguous tensors are copied by the C library, which streams past the cache: as fast on one thread as torch's
@@ -172,6 +175,7 @@ class Binding:
         watched, names: the live tensors behind the lazy copies.
         places: where all live tensors lay when bound, and how.
         samples: of what is copied lazily here (CPU). shared: of what all ranks hold alike, whoever copies it.
+        frozen: what need not be copied each time; in none of the others but the samples. None if there is nothing.
     """
 
     layout: Layout
@@ -185,10 +189,18 @@ class Binding:
     places: tuple[tuple[int, tuple[int, ...]], ...]
     samples: Samples
     shared: Samples
+    frozen: Frozen | None
 
 
-def bind(layout: Layout, survey: Survey, pinned_eager: Iterable[str] = (), shared: Iterable[str] = ()) -> Binding:
-    """Tie *layout* to the live tensors of *survey*. Names in *pinned_eager* are copied eagerly, whatever they are.
+def bind(
+    layout: Layout,
+    survey: Survey,
+    pinned_eager: Iterable[str] = (),
+    shared: Iterable[str] = (),
+    doubted: set[str] | None = None,
+) -> Binding:
+    """Tie *layout* to the live tensors of *survey*. Names in *pinned_eager* are copied eagerly, whatever they are; those in
+    *doubted*, which grows, every time.
 
     Tiny CPU tensors (AdamW's ``step``) are eager, and so are all CPU tensors of a model on another device: their copies
     cannot be ordered with that device's stream. Eager tensors on the device are copied there, in the order of its stream:
@@ -200,11 +212,17 @@ def bind(layout: Layout, survey: Survey, pinned_eager: Iterable[str] = (), share
     lazy: list[tuple[torch.Tensor, int]] = []
     eager: list[tuple[torch.Tensor, int]] = []
     staged: list[tuple[torch.Tensor, int]] = []
+    frozen: list[Part] = []
     watched: dict[str, torch.Tensor] = {}
+    doubted = set() if doubted is None else doubted
+    copied_always = always_eager | doubted
     with torch.no_grad():
-        for placed in layout.placed:
+        for place, placed in enumerate(p for p in layout.placed if p.slice.nbytes):
             item = items[placed.slice.name]
-            if placed.slice.nbytes == 0:
+            if item.frozen and placed.slice.name not in copied_always:
+                now = not item.lazy or len(devices) > 1
+                rows = _rows(item, placed.slice)
+                frozen.append(Part(placed.slice.name, item.tensor, item.source, rows, placed.offset, place, now))
                 continue
             small = item.tensor.device.type == "cpu" and (len(devices) > 1 or item.tensor.nbytes <= _TINY_BYTES)
             is_lazy = item.lazy and not small and placed.slice.name not in always_eager
@@ -214,12 +232,11 @@ def bind(layout: Layout, survey: Survey, pinned_eager: Iterable[str] = (), share
             if is_lazy:
                 watched[placed.slice.name] = item.tensor
         copies = [torch.empty_like(tensor) for tensor, _ in staged]
-    lazy_names = [p.slice.name for p in layout.placed if p.slice.name in watched and p.slice.nbytes]
-    pieces = [
-        (name, tensor.data_ptr(), offset, tensor.nbytes)
-        for name, (tensor, offset) in zip(lazy_names, lazy, strict=True)
-        if _sampled(tensor)
+    sampled = [
+        *zip(watched, lazy, strict=True),
+        *((part.name, (part.rows, part.offset)) for part in frozen if not part.eager),
     ]
+    pieces = [(name, t.data_ptr(), offset, t.nbytes) for name, (t, offset) in sampled if _sampled(t)]
     alike = [(name, t.data_ptr(), 0, t.nbytes) for name in shared if _sampled(t := items[name].tensor)]
     return Binding(
         layout,
@@ -231,8 +248,9 @@ def bind(layout: Layout, survey: Survey, pinned_eager: Iterable[str] = (), share
         tuple(watched.values()),
         tuple(watched),
         _places(survey),
-        Samples(pieces, [tensor for tensor, _ in lazy]),
+        Samples(pieces, [tensor for _, (tensor, _) in sampled]),
         Samples(alike, [items[name].tensor for name in shared]),
+        Frozen(frozen, doubted) if frozen else None,
     )
 
 
@@ -263,7 +281,7 @@ class Copier(ABC):
     @abstractmethod
     def start(self, binding: Binding, slot: Slot, after: Callable[[], None], done: Callable[[float], None]) -> None:
         """Begin. Once every byte has landed, on another thread, *after* is called before the fence lets anyone pass, then
-        *done* with the seconds it took."""
+        *done* with the seconds it took. Of what is frozen nothing is copied here."""
 
     @abstractmethod
     def fence(self, timeout_s: float) -> None:
@@ -367,6 +385,7 @@ class Capture:
     versions: list[int] = field(default_factory=list)
     altered: list[str] = field(default_factory=list)
     digest: int | None = None  # of the samples of what all ranks hold alike
+    filling: Filling | None = None  # with what is frozen
 
     def start(self, slot: Slot, done: Callable[[float], None]) -> None:
         """Copy the eager tensors now and begin with the lazy ones. The slot must be open already."""
@@ -376,13 +395,23 @@ class Capture:
         if alike is not None:
             self.digest = crc32c(alike)
         copy_now(self.binding.eager, slot)
+        if self.binding.frozen is not None:
+            self.filling = self.binding.frozen.begin(slot)
         live, copies = self.binding.staged
         if live:
             torch._foreach_copy_(copies, live)  # behind the fence of the snapshot before, which read these copies
-        self.copier.start(self.binding, slot, lambda: self._compare(slot), done)
+        self.copier.start(self.binding, slot, lambda: self._compare(slot), lambda seconds: self._landed(seconds, done))
+
+    def _landed(self, seconds: float, done: Callable[[float], None]) -> None:
+        """On the copying thread, while others train already."""
+        if self.filling is not None:
+            self.filling.prove()
+        done(seconds)
 
     def _compare(self, slot: Slot) -> None:
         """On the copying thread: what was copied must be what was there at the start, and what trains."""
+        if self.filling is not None:
+            self.filling.copy_lazily()
         image = slot.image
         self.altered = self.binding.samples.altered(self.turn, int(image.ctypes.data))
         self.restructured = not self.still_true()
@@ -398,10 +427,20 @@ class Capture:
         thread can miss a write that is under way.
         """
         versions = list(map(_version, self.binding.watched))
-        if versions == self.versions:
-            return self.altered
-        pairs = zip(self.binding.names, versions, self.versions, strict=True)
-        return sorted({*self.altered, *(name for name, now, before in pairs if now != before)})
+        torn = {*self.altered, *(self.filling.torn() if self.filling is not None else ())}
+        if versions != self.versions:
+            pairs = zip(self.binding.names, versions, self.versions, strict=True)
+            torn |= {name for name, now, before in pairs if now != before}
+        return sorted(torn)
+
+    def settled(self) -> None:
+        """The slot is committed: what lies there now is what the next filling of it may leave alone."""
+        if self.filling is not None:
+            self.filling.settled()
+
+    def unchanged(self) -> Unchanged:
+        """Which bytes of the image are as the filling of this slot before has left them. Once all has landed."""
+        return self.filling.unchanged() if self.filling is not None else Unchanged(FREE_WORD, ())
 
 
 def copier_for(survey: Survey) -> Copier:

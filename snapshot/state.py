@@ -32,6 +32,7 @@ from torch.nn.parameter import is_lazy
 
 from ..errors import Corrupt, LayoutMismatch, StateRefused
 from .codec import Raw, Tagged
+from .frozen import may_stand_still
 from .layout import ITEM_BYTES, Slice, room
 from .partition import chunk_bytes, gridded
 from .selection import ALL, Misfits, Selection, misfits
@@ -59,12 +60,15 @@ class Item:
         tensor: the live local tensor; never written by a capture.
         source: the live object itself: the same tensor, or the DTensor whose local part it is.
         lazy: nothing but an optimizer step changes it, so it may be copied during forward and backward.
+        frozen: a parameter that nothing trains now, or has trained, or a large buffer: it may never change. Contiguous, in
+            CPU memory.
     """
 
     slice: Slice
     tensor: torch.Tensor
     source: torch.Tensor
     lazy: bool
+    frozen: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -194,13 +198,16 @@ class TrainingState:
             yield from chain.from_iterable(map(_values, filter(_is_dict, optimizer.state.values())))
 
     def _model_items(self) -> Iterator[Item]:
+        trained = {id(p) for o in self.optimizers.values() for p, state in o.state.items() if state}
         for name, model in self._models.items():
             prefix = f"model.{name}." if name else "model."
             seen: set[int] = set()
             for fqn, tensor, replicas in _named_tensors(model):
                 if id(tensor) not in seen:  # tied: one tensor under several names is kept under the first
                     seen.add(id(tensor))
-                    yield _item(prefix + fqn, tensor, replicas, lazy=isinstance(tensor, nn.Parameter))
+                    item = _item(prefix + fqn, tensor, replicas, lazy=isinstance(tensor, nn.Parameter))
+                    still = id(tensor) not in trained and may_stand_still(tensor, item.tensor)
+                    yield replace(item, frozen=still)
 
     def _optimizer_items(self) -> Iterator[Item]:
         for owner in self._owners():

@@ -23,8 +23,8 @@ DOORS = frozenset(
 )  # the package's own front: they offer what is above them, lazily
 GENERATED = frozenset({"holdfast.agent.wire_pb2"})
 TORCH = frozenset({"holdfast.snapshot.capture", "holdfast.snapshot.state", "holdfast.snapshot.cuda",
-                   "holdfast.snapshot.live", "holdfast.snapshot.proof", "holdfast.snapshot.replicas",
-                   "holdfast.snapshot.streams"})  # fmt: skip
+                   "holdfast.snapshot.frozen", "holdfast.snapshot.live", "holdfast.snapshot.proof",
+                   "holdfast.snapshot.replicas", "holdfast.snapshot.streams"})  # fmt: skip
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -15,7 +16,8 @@ from holdfast.erasure.code import Code
 from holdfast.erasure.galois import PRODUCTS
 from holdfast.erasure.stripes import Geometry
 from holdfast.errors import AgentMismatch, BudgetExceeded, ConfigError, Corrupt, SnapshotUnknown
-from holdfast.snapshot.record import block_bytes_for
+from holdfast.snapshot.record import block_bytes_for, new_nonce
+from holdfast.snapshot.unchanged import Unchanged
 from holdfast.tests.agent.members import JOB, Group, Member, noise, refusal, run, snapshot
 
 ONE = snapshot(1)
@@ -290,6 +292,81 @@ def test_ranks_that_moved_have_their_parity_made_again() -> None:
             for place, name in enumerate("bca"):
                 wanted = (0, place, parity_of(images, 1, place, 1 << 16))
                 assert wanted in group.members[name].cells(ONE)
+
+    run(work)
+
+
+# -- what has not changed ------------------------------------------------------------------------------------------------
+
+
+def told_unchanged(before: tuple[int, bytes] | None, now: bytes, chance: random.Random) -> Unchanged | None:
+    """What a trainer says of an image; at times nothing, or something of a filling that nobody knows of."""
+    kind = chance.randrange(4)
+    if before is None or kind == 0:
+        return None
+    if kind == 1:
+        return Unchanged(new_nonce(chance), ((0, len(now)),))
+    same = np.flatnonzero(
+        np.frombuffer(before[1][: len(now)], np.uint8) != np.frombuffer(now[: len(before[1])], np.uint8)
+    )
+    edges = [-1, *same.tolist(), min(len(now), len(before[1]))]
+    return Unchanged(before[0], tuple((a + 1, b) for a, b in itertools.pairwise(edges) if b > a + 1))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_parity_is_right_whatever_is_left_of_the_last(seed: int) -> None:
+    """Members change some bytes, lengthen or shorten their images, and say it, or not."""
+
+    async def work() -> None:
+        ranks, chance = plain("abcd"), random.Random(seed)
+        images = [noise(700_000, (rank, seed)) for rank in range(4)]
+        held: dict[tuple[int, int], tuple[int, bytes]] = {}
+        async with Group(*ranks) as group:
+            await group.assemble(ranks, "2+2")
+            for step in range(1, 13):
+                for rank, name in enumerate("abcd"):
+                    image, at = bytearray(images[rank]), chance.randrange(700_000)
+                    image[at : at + 50] = noise(chance.choice((0, 50, 90)), (step, rank))
+                    images[rank] = bytes(image)
+                    member, index = group.members[name], step % 2
+                    unchanged = told_unchanged(held.get((rank, index)), images[rank], chance)
+                    slot = member.record(rank, snapshot(step), images[rank], index=index)
+                    held[rank, index] = slot.word, images[rank]
+                    keep = snapshot(step - 1) if step > 1 else None
+                    member.protector.recorded(rank, snapshot(step), keep, unchanged)
+                await group.all_guard(snapshot(step))
+                unit = block_bytes_for(max(map(len, images)))
+                for place, name in enumerate("abcd"):
+                    assert group.members[name].cells(snapshot(step)) == [(0, place, parity_of(images, 2, place, unit))]
+                    assert group.members[name].arenas.verify_cells(snapshot(step)) == 0
+
+    run(work)
+
+
+def test_what_no_member_has_changed_is_not_pulled_again() -> None:
+    async def work() -> None:
+        ranks = plain("abc")
+        images = [noise(4_000_000, rank) for rank in range(3)]
+        pulled: list[int] = []
+        async with Group(*ranks) as group:
+            await group.assemble(ranks, "2+1", image_bytes=4 << 20)
+            nonces: dict[tuple[int, int], int] = {}
+            for step in range(1, 6):
+                for rank, name in enumerate("abc"):
+                    images[rank] = images[rank][:-1000] + noise(1000, (step, rank))
+                    since = nonces.get((rank, step % 2))
+                    unchanged = Unchanged(since, ((0, 3_999_000),)) if since is not None else None
+                    slot = group.members[name].record(rank, snapshot(step), images[rank], index=step % 2)
+                    nonces[rank, step % 2] = slot.word
+                    keep = snapshot(step - 1) if step > 1 else None
+                    group.members[name].protector.recorded(rank, snapshot(step), keep, unchanged)
+                await group.all_guard(snapshot(step))
+                status = group.members["a"].protector.status()
+                assert status is not None
+                pulled.append(status.pulled_bytes)
+        assert pulled[:2] == [4_000_000] * 2
+        # One block of parity, made of one of each of the others; of these one is the last, which is shorter.
+        assert all(0 < nbytes <= 2 * block_bytes_for(4_000_000) for nbytes in pulled[2:])
 
     run(work)
 

@@ -33,7 +33,8 @@ BIG = 1 << 20  # float32 elements; 4 MiB
 def test_status_shows_agent_trainers_slots_and_skips(cluster: Cluster, holdfast: Holdfast) -> None:
     node = cluster.node()
     trainer = cluster.trainer(node, world=2)
-    figures = {"step": 7, "watermark": 6, "taken": 5, "last_stall_s": 0.0005, "last_copy_s": 0.25}
+    figures = {"step": 7, "watermark": 6, "taken": 5, "last_stall_s": 0.0005, "last_copy_s": 0.25,
+               "image_bytes": 100 << 20, "copied_bytes": 1 << 20}  # fmt: skip
     trainer.report(skipped={"slots-busy": 2, "agent-away": 3}, **figures)
     trainer.open(1, SnapshotId(1, 8, RUN))
     layout, image = small()
@@ -60,7 +61,15 @@ def test_status_shows_agent_trainers_slots_and_skips(cluster: Cluster, holdfast:
 
     code, out, _ = holdfast("status")
     assert code == 0
-    for shown in ("alone: no other node", "0/2", "0.50 ms", "250 ms", "5: agent-away 3, slots-busy 2", "aaaaaaaa/7"):
+    for shown in (
+        "alone: no other node",
+        "0/2",
+        "0.50 ms",
+        "250 ms",
+        "1.0 MiB of 100",
+        "5: agent-away 3, slots-busy 2",
+        "aaaaaaaa/7",
+    ):
         assert shown in out
 
 
@@ -68,7 +77,7 @@ def test_a_trainer_that_has_told_nothing_yet_shows_no_figures(cluster: Cluster, 
     cluster.trainer(cluster.node())
     (trainer,) = document(holdfast, "status")["agents"][0]["trainers"]
     assert trainer["skipped"] == {}
-    assert {trainer[key] for key in ("step", "watermark", "taken", "last_stall_s", "last_copy_s")} == {None}
+    assert {trainer[key] for key in ("step", "watermark", "taken", "last_stall_s", "copied_bytes")} == {None}
     assert holdfast("status")[0] == 0
 
 
