@@ -60,8 +60,7 @@ class Item:
         tensor: the live local tensor; never written by a capture.
         source: the live object itself: the same tensor, or the DTensor whose local part it is.
         lazy: nothing but an optimizer step changes it, so it may be copied during forward and backward.
-        frozen: a parameter that nothing trains now, or has trained, or a large buffer: it may never change. Contiguous, in
-            CPU memory.
+        frozen: nothing trains it, or ever has, or it is a large buffer: it may never change. Contiguous, in CPU memory.
     """
 
     slice: Slice
@@ -206,8 +205,7 @@ class TrainingState:
                 if id(tensor) not in seen:  # tied: one tensor under several names is kept under the first
                     seen.add(id(tensor))
                     item = _item(prefix + fqn, tensor, replicas, lazy=isinstance(tensor, nn.Parameter))
-                    still = id(tensor) not in trained and may_stand_still(tensor, item.tensor)
-                    yield replace(item, frozen=still)
+                    yield replace(item, frozen=id(tensor) not in trained and may_stand_still(tensor, item.tensor))
 
     def _optimizer_items(self) -> Iterator[Item]:
         for owner in self._owners():

@@ -379,18 +379,18 @@ def test_the_beat_begins_with_the_last_of_many_fences(shared: Node, monkeypatch:
     with shared.attach(job.models, job.optimizers, every=2) as ckpt:
         train(job, ckpt, range(1, 5))
         fences, began = 0, []
-        fence, start = ckpt.fence, ckpt._pulse.start
+        fenced, start = ckpt._pulse.fenced, ckpt._pulse.start
 
-        def counted() -> None:
+        def counted() -> bool:
             nonlocal fences
             fences += 1
-            fence()
+            return fenced()
 
         def noted(standing: Any) -> None:
             began.append(fences)
             start(standing)
 
-        monkeypatch.setattr(ckpt, "fence", counted)
+        monkeypatch.setattr(ckpt._pulse, "fenced", counted)
         monkeypatch.setattr(ckpt._pulse, "start", noted)
         job.turn()
         assert began == [len(job.optimizers)]
