@@ -14,6 +14,7 @@ from holdfast.errors import HoldfastError
 from holdfast.snapshot.state import TrainingState
 from holdfast.tests.hooks.nodes import WAIT_S
 from holdfast.tests.hooks.worlds import Rank, Trained, build, sealed
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 
@@ -119,3 +120,48 @@ def some_of_it(here: Rank) -> dict[str, Any]:
     found["watermark"] = ckpt.watermark
     ckpt.close(ended=False)
     return found
+
+
+class Stage(nn.Module):
+    """Some layers of a pipeline under the names that they have in the whole: tied, frozen, short and empty ones."""
+
+    def __init__(self, layers: range) -> None:
+        super().__init__()
+        for layer in layers:
+            block = nn.ParameterDict(
+                {
+                    "weight": nn.Parameter(torch.randn(4 + layer, 3)),
+                    "frozen": nn.Parameter(torch.randn(5), requires_grad=False),
+                    "short": nn.Parameter(torch.randn(3, 2).bfloat16()),
+                    "empty": nn.Parameter(torch.randn(0, 3)),
+                }
+            )
+            block["tied"] = block["weight"]
+            self.add_module(f"layer{layer}", block)
+
+
+def pipeline(here: Rank) -> dict[str, Any]:
+    """A rank has as many of six layers as *said*; it trains them, or comes back to them with its parameters in another order."""
+    counts = here.said["layers"]
+    first = sum(counts[: here.rank])
+    layers = range(first, first + counts[here.rank])
+    torch.manual_seed(here.said["seed"] + first)
+    model = Stage(layers)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    large, small = [p for p in trained if p.numel() > 6], [p for p in trained if p.numel() <= 6]
+    groups = [{"params": large, "lr": 1e-2}, {"params": small, "lr": 1e-3, "weight_decay": 0.5}]
+    optimizer = torch.optim.AdamW(groups if here.said["train"] else groups[::-1])
+    ckpt = here.node.attach(model, optimizer)
+    step = None if here.said["train"] else ckpt.restore()
+    if here.said["train"]:
+        for parameter in trained:
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        assert sealed(here, ckpt, 1)
+    ckpt.close(ended=False)
+    state = {n: p.detach().float().tolist() for n, p in model.named_parameters(remove_duplicate=False)}
+    for name, parameter in model.named_parameters():
+        (rate,) = {g["lr"] for g in optimizer.param_groups if any(p is parameter for p in g["params"])} or {0.0}
+        kept = optimizer.state.get(parameter, {})
+        state[f"{name} trained"] = [rate, *(kept[key].float().tolist() for key in sorted(kept))]
+    return {"step": step, "state": state}

@@ -69,6 +69,17 @@ def test_ranks_that_draw_alike_go_on_so(node: Node) -> None:
     assert all(found["restored"]["fresh_streams"] == () for found in back)
 
 
+@pytest.mark.parametrize("after", [[6], [1, 5], [3, 0, 3]])
+def test_stages_of_a_pipeline_are_regrouped(node: Node, after: list[int]) -> None:
+    """Names stay the same, and are on other ranks; optimizer state and options follow them."""
+    said = {"seed": 1, "train": True, "layers": [2, 4]}
+    taken = {n: v for found in run_world(reshards.pipeline, 2, node, said) for n, v in found["state"].items()}
+    said = {"seed": 2, "train": False, "layers": after}
+    ranks = run_world(reshards.pipeline, len(after), node, said)
+    assert [found["step"] for found in ranks] == [1] * len(after)
+    assert {n: v for found in ranks for n, v in found["state"].items()} == taken
+
+
 # -- parts ---------------------------------------------------------------------------------------------------------------
 
 
