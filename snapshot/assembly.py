@@ -57,16 +57,19 @@ def assemble(
         layouts: the layout of each rank's image.
         alike: what several ranks want (``members``), all of them are to take from the same image.
 
+    Only slices of the same dtype and global shape count: ranks may have had tensors of one name that are not one tensor.
+
     Raises:
         LayoutMismatch: parts that no image holds, by name.
     """
-    offers = _offers({box.name for box in wanted}, layouts)
+    offers = _offers({_kind(box) for box in wanted}, layouts)
     reads: list[Read] = []
     missing: list[str] = []
     for target, piece in enumerate(wanted):
         gaps = [box_of(piece)] if piece.nbytes else []
         same = alike and bool(piece.members)
-        found = offers[piece.name].near(gaps[0]) if gaps and piece.name in offers else []
+        these = offers.get(_kind(piece))
+        found = these.near(gaps[0]) if gaps and these is not None else []
         for _, owner, index, held in sorted(
             found, key=lambda f: (f[1],) if same else (f[1] != rank, f[1] not in near, f[1])
         ):
@@ -74,7 +77,7 @@ def assemble(
                 break
             left: list[Box] = []
             for gap in gaps:
-                part = gap.meets(held) if len(gap.start) == len(held.start) else None
+                part = gap.meets(held)
                 if part is None:
                     left.append(gap)
                     continue
@@ -88,14 +91,22 @@ def assemble(
     return sorted(reads, key=lambda read: (read.rank, read.index, read.box.start))
 
 
-def _offers(names: Collection[str], layouts: Mapping[int, Layout]) -> dict[str, _Offers]:
-    """What all images hold of the tensors of these names."""
-    offers: dict[str, _Offers] = {}
+_Kind = tuple[str, str, tuple[int, ...]]
+
+
+def _kind(piece: Slice) -> _Kind:
+    """What tells one tensor from any other."""
+    return piece.name, piece.dtype, piece.shape
+
+
+def _offers(kinds: Collection[_Kind], layouts: Mapping[int, Layout]) -> dict[_Kind, _Offers]:
+    """What all images hold of these tensors."""
+    offers: dict[_Kind, _Offers] = {}
     for owner, layout in layouts.items():
         for index, placed in enumerate(layout.placed):
             piece = placed.slice
-            if piece.name in names and piece.nbytes:
-                these = offers.setdefault(piece.name, _Offers())
+            if _kind(piece) in kinds and piece.nbytes:
+                these = offers.setdefault(_kind(piece), _Offers())
                 these.parts.append((piece.start[0] if piece.start else 0, owner, index, box_of(piece)))
                 these.rows = max(these.rows, piece.rows)
     for these in offers.values():

@@ -57,6 +57,16 @@ def test_scalars() -> None:
     assert assemble([scalar], {0: Layout.of(1, []), 1: Layout.of(1, [scalar])}, 0) == [Read(1, 0, 0, Box((), ()))]
 
 
+def test_a_name_alone_is_no_tensor() -> None:
+    """Each rank may have had one of its own, as stages of a pipeline that number their layers alike."""
+    theirs = [replace(box("a", 0, 8), dtype="int16"), box("a", 0, 8, width=5), box("a", 0, 8, of=9)]
+    layouts = {rank: Layout.of(1, [piece]) for rank, piece in enumerate([*theirs, box("a", 0, 8)])}
+    assert assemble([box("a", 0, 8)], layouts, 0) == [rows(3, 0, 0, 0, 8)]
+    del layouts[3]
+    with pytest.raises(LayoutMismatch, match=r"a: \[0, 0\]\+\[8, 4\]"):
+        assemble([box("a", 0, 8)], layouts, 0)
+
+
 def test_columns_from_several_images() -> None:
     left = Slice("a", "uint8", (8, 4), (0, 0), (8, 2))
     right = Slice("a", "uint8", (8, 4), (0, 2), (8, 2))
