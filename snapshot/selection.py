@@ -49,6 +49,14 @@ class Selection:
         best = max((old for old in self.rename if old.endswith(".") and name.startswith(old)), key=len, default="")
         return self.rename[best] + name[len(best) :] if best else name
 
+    def check(self, names: Iterable[str]) -> None:
+        """Raise ``ConfigError`` if two of the snapshot's *names* that are wanted would be called the same."""
+        called: dict[str, str] = {}
+        for name in sorted(set(names)) if self.rename else ():
+            other = called.setdefault(self.live_name(name), name)
+            if other != name and self.wants(self.live_name(name)):
+                raise ConfigError(f"rename: {other} and {name} of the snapshot would both be {self.live_name(name)}")
+
     def of(self, layout: Layout) -> Layout:
         """*layout* with its slices under their live names; those that are not wanted hold nothing.
 

@@ -47,6 +47,18 @@ def test_renamings_that_mean_nothing(rename: dict[str, str]) -> None:
         Selection(rename=rename)
 
 
+def test_two_tensors_of_one_name() -> None:
+    """Rows of one and rows of the other would make up a tensor that never was."""
+    renamed = Selection(rename={"model.a": "model.b", "model.old.": "model.new."}, only=("model.*",))
+    renamed.check(["model.a", "model.a", "model.c", "model.old.b"])
+    with pytest.raises(ConfigError, match=r"model\.a and model\.b of the snapshot would both be model\.b"):
+        renamed.check(["model.a", "model.b"])
+    with pytest.raises(ConfigError, match=r"both be model\.new\.x"):
+        renamed.check(["model.new.x", "model.old.x"])
+    Selection(rename={"a": "b", "b": "a"}).check(["a", "b"])
+    Selection(rename={"a": "b"}, only=("c",)).check(["a", "b", "c"])
+
+
 def test_a_layout_keeps_its_places() -> None:
     layout = Layout.of(1, [named("model.a"), named("optim.a.exp_avg"), named("model.b")])
     chosen = Selection(only=("model.*",), rename={"model.b": "model.c"}).of(layout)
