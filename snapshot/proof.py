@@ -119,15 +119,19 @@ class Tally:
         self.sums[value["blocks"]] ^= value["sums"]
         self.nbytes[value["blocks"]] += value["nbytes"]
 
-    def judge(self, checks: npt.NDArray[np.uint32], image_bytes: int, block_bytes: int) -> tuple[int, list[int]]:
-        """How many bytes are proved to be those that *checks* were taken of, and the blocks that are not.
+    def judge(
+        self, checks: npt.NDArray[np.uint32], image_bytes: int, block_bytes: int, aside: Numbers
+    ) -> tuple[int, list[int]]:
+        """How many live bytes are proved to be those that *checks* were taken of, and the blocks that are not.
+
+        *aside*, ``int64[blocks]``: how many of the bytes are the image's own, which prove nothing.
 
         Of a block of which not every byte was counted once, nothing can be said: parts of it are held by several, or by nobody.
         """
         lengths = np.minimum(image_bytes - np.arange(len(checks)) * block_bytes, block_bytes)
         told = self.nbytes == lengths
         right = whole(self.sums, lengths) == checks
-        return int(lengths[told & right].sum()), [int(block) for block in np.flatnonzero(told & ~right)]
+        return int((lengths - aside)[told & right].sum()), [int(block) for block in np.flatnonzero(told & ~right)]
 
 
 def judged(source: SourceImage, told: Iterable[dict[str, Any]]) -> tuple[int, list[int]]:
@@ -136,9 +140,10 @@ def judged(source: SourceImage, told: Iterable[dict[str, Any]]) -> tuple[int, li
     for start, nbytes in not_wanted(source.layout, source.nbytes):
         rest.add(start, nbytes, source.address + start)
     tally = rest.by_block(source.nbytes)
+    aside = tally.nbytes.copy()
     for sums in told:
         tally.add_value(sums)
-    return tally.judge(source.checks, source.nbytes, source.record.block_bytes)
+    return tally.judge(source.checks, source.nbytes, source.record.block_bytes, aside)
 
 
 def not_wanted(layout: Layout, image_bytes: int) -> Iterator[tuple[int, int]]:
