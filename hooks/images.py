@@ -18,7 +18,7 @@ import numpy.typing as npt
 from ..agent import wire_pb2 as wire
 from ..agent.client import wire_id
 from ..agent.inventory import parity_source
-from ..errors import SnapshotLost
+from ..errors import Corrupt, HoldfastError, SnapshotLost
 from ..snapshot.arena import Slot, Window
 from ..snapshot.layout import Layout, align
 from ..snapshot.live import Part, Source, SourceImage
@@ -123,10 +123,15 @@ class Windows:
         return mapped.bytes[:nbytes]
 
     def close(self) -> None:
-        """Have the agent take the windows back."""
+        """Have the agent take the windows back. Never raises: the restore is done, and other ranks go on with this one."""
         if self._maps:
             self._maps.clear()
-            self._agent.read_ranges(wire.ReadRequest(reader=self._reader), self._timeout_s)
+            try:
+                self._agent.read_ranges(wire.ReadRequest(reader=self._reader), self._timeout_s)
+            except (
+                HoldfastError
+            ) as error:  # an agent that has ended meanwhile took them with it; a new one removes them
+                _log.warning("the windows of rank %d are not given back: %s", self._reader, error)
 
 
 class RangedImage:
@@ -194,6 +199,14 @@ class Images:
         self._mapped = mapped
         self._unread = unread
         self._timeout_s = timeout_s
+        # Thousands of ranks are asked for, one by one.
+        self._copies: dict[int, list[Held]] = {}
+        self._ranks_on: dict[str, list[int]] = {}  # by agent
+        for image in found.images:
+            if image.id == self._id:
+                self._copies.setdefault(image.rank, []).append(image)
+        for number, where in enumerate(found.agents):
+            self._ranks_on.setdefault(where, []).append(number)
 
     @property
     def world(self) -> int:
@@ -202,8 +215,7 @@ class Images:
 
     def copy_here(self, rank: int) -> Held | None:
         """The copy of that rank's image on this node, if there is one."""
-        copies = [image for image in self._found.images if (image.id, image.rank) == (self._id, rank)]
-        return next((image for image in copies if self._agent is None or image.agent == self._here), None)
+        return next((i for i in self._copies.get(rank, ()) if self._agent is None or i.agent == self._here), None)
 
     def mapped(self, rank: int) -> SourceImage:
         """That rank's image in a slot of this node, brought there if it is not. Raises ``SnapshotLost``, ``Corrupt``."""
@@ -212,19 +224,27 @@ class Images:
         return SourceImage(path, rank, self._id, self._mapped.get(path))
 
     def ranged(self, rank: int, described: tuple[Layout, int] | None = None) -> Source:
-        """That rank's image as it lies here, or in ranges. *described*: its layout and length, if these are known."""
+        """That rank's image as it lies here, or in ranges. *described*: its layout and length, if these are known.
+
+        Raises as ``mapped``.
+        """
         if self.copy_here(rank) is not None or self._windows is None or self._agent is None:
             return self.mapped(rank)
         request = self.request(rank)
         if described is None:
             told = self._agent.describe_image(request, self._timeout_s)
             described = Layout.from_text(told.layout), told.image_bytes
-        return RangedImage(*described, request, self._windows)
+        layout, nbytes = described
+        if layout.values_offset > nbytes:
+            raise Corrupt(f"the layout of {self._id} of rank {rank} is longer than its image")
+        return RangedImage(layout, nbytes, request, self._windows)
 
-    def nearest(self, rank: int, agents: Sequence[str]) -> int:
-        """Which rank looks at that image for all: one on a node that has it, if there is any. *agents*: of each rank."""
-        there = {image.agent for image in self._found.images if (image.id, image.rank) == (self._id, rank)}
-        near = [r for r, agent in enumerate(agents) if agent in there] or range(len(agents) or 1)
+    def nearest(self, rank: int) -> int:
+        """Which rank looks at that image for all: one on a node that has it, if there is any."""
+        there = {image.agent for image in self._copies.get(rank, ())}
+        near = sorted(r for agent in there for r in self._ranks_on.get(agent, ())) or range(
+            len(self._found.agents) or 1
+        )
         return near[rank % len(near)]
 
     def _brought(self, rank: int) -> str:

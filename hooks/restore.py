@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -269,7 +270,7 @@ class Restorer:
             if windows is not None:
                 stack.callback(windows.close)
             images = self._images(decision, found, windows)
-            prepared = self._prepare(decision, images, stack, attempt, found.agents)
+            prepared = self._prepare(decision, images, stack, attempt)
             if prepared is None:
                 return None
             read_bytes = self._together("restoring", lambda: self._apply(prepared, attempt))
@@ -300,9 +301,7 @@ class Restorer:
     def _images(self, decision: Plan, found: Found, windows: Windows | None) -> Images:
         return Images(decision, found, self._here, self._agent, windows, self._mapped, self._unread, self._timeout_s)
 
-    def _prepare(
-        self, decision: Plan, images: Images, stack: ExitStack, attempt: _Attempt, agents: Sequence[str]
-    ) -> _Prepared | None:
+    def _prepare(self, decision: Plan, images: Images, stack: ExitStack, attempt: _Attempt) -> _Prepared | None:
         """What this rank is to apply; None if images are damaged, here or elsewhere. Collective."""
         if decision.world == self._ranks.world:
             prepared = self._together("preparing the restore", lambda: self._as_before(images, stack, attempt))
@@ -310,7 +309,7 @@ class Restorer:
                 return None
             if not self._any(prepared is None):
                 return prepared
-        return self._anew(decision, images, stack, attempt, agents)
+        return self._anew(decision, images, stack, attempt)
 
     def _as_before(self, images: Images, stack: ExitStack, attempt: _Attempt) -> _Prepared | None:
         """If this rank holds what it held then: its own image, and those of its replicas, are all it takes. None if that is not
@@ -321,6 +320,7 @@ class Restorer:
         values = None if attempt.damage else self._values(rank, sources[rank], attempt)
         if values is None:
             return None
+        self._selection.check(p.slice.name for source in sources.values() for p in source.layout.placed)
         layouts = {owner: self._selection.of(source.layout) for owner, source in sources.items()}
         held = [
             placed.slice
@@ -338,27 +338,29 @@ class Restorer:
         shared = frozenset(piece.name for piece in held if piece.members)
         return _Prepared(sources, targets, reads, values, shared)
 
-    def _anew(
-        self, decision: Plan, images: Images, stack: ExitStack, attempt: _Attempt, agents: Sequence[str]
-    ) -> _Prepared | None:
+    def _anew(self, decision: Plan, images: Images, stack: ExitStack, attempt: _Attempt) -> _Prepared | None:
         """If ranks or meshes are others than they were: whatever any image holds may be needed. Collective."""
         id, rank, world = decision.chosen, self._ranks.rank, decision.world
         assert id is not None
-        described = self._describe(world, images, stack, attempt, agents)
+        described = self._describe(world, images, stack, attempt)
         if described is None:
             return None
         namesake = rank % world
         own = self._together("reading values", lambda: self._own_values(namesake, images, stack, attempt, described))
         if self._any(attempt.damage) or own is None:
             return None
+        self._selection.check(p.slice.name for layout in described.layouts.values() for p in layout.placed)
         layouts = {owner: self._selection.of(layout) for owner, layout in described.layouts.items()}
         held = [placed.slice for layout in layouts.values() for placed in layout.placed if placed.slice.name]
+        if rank == 0 and world != self._ranks.world:
+            _warn_of_private(layouts.values(), world)
         targets = self._together("comparing names", lambda: self._state.targets(held, self._selection))
         values = self._merged(own, described.values)
         targets = self._known_elsewhere(targets, self._state.foreign_modules(values))
         fresh = [part for part in own["rng"] if part not in described.alike] if rank >= world else []
         values["rng"] = fresh_streams(own["rng"], fresh, f"{id.run}/{id.step}/{rank}")
-        new = range(world, self._ranks.world) if described.alike < own["rng"].keys() else range(0)
+        drawn = self._selection.whole and described.alike < own["rng"].keys()
+        new = range(world, self._ranks.world) if drawn else range(0)
 
         def finish() -> _Prepared:
             if targets.misfits and self._selection.strict:
@@ -366,7 +368,7 @@ class Restorer:
             if self._selection.whole:
                 self._state.check_values(values)
             wanted = [item.slice for item in targets.items]
-            near = [q for q in range(world) if images.copy_here(q) is not None]
+            near = {q for q in range(world) if images.copy_here(q) is not None}
             reads = assemble(wanted, layouts, namesake, near=near, alike=True)
             sources: dict[int, Source] = {}
             for needed in sorted({read.rank for read in reads}):
@@ -379,9 +381,7 @@ class Restorer:
         prepared = self._together("preparing the restore", finish)
         return None if self._any(attempt.damage) else prepared
 
-    def _describe(
-        self, world: int, images: Images, stack: ExitStack, attempt: _Attempt, agents: Sequence[str]
-    ) -> _Described | None:
+    def _describe(self, world: int, images: Images, stack: ExitStack, attempt: _Attempt) -> _Described | None:
         """Each rank looks at some images, those of its own node first, and tells the others of them. Collective."""
         said: dict[str, Any] = {}
         values: dict[int, dict[str, Any]] = {}
@@ -389,7 +389,7 @@ class Restorer:
 
         def look() -> None:
             for number in range(world):
-                if images.nearest(number, agents) != self._ranks.rank:
+                if images.nearest(number) != self._ranks.rank:
                     continue
                 source = self._open(number, images, stack, attempt)
                 its = None if source is None else self._values(number, source, attempt)
@@ -535,8 +535,8 @@ class Restorer:
         said = self._ranks.gather(names.tobytes(), "comparing who holds what", self._timeout_s)
         lower = np.concatenate([np.frombuffer(part, np.uint64) for part in said[: self._ranks.rank]] or [names[:0]])
         counts = ~np.isin(names, lower)  # what several hold alike is counted once
-        for number, block_bytes in described.block_bytes.items():
-            layout, parts = described.layouts[number], Parts(block_bytes)
+        for number in sorted({read.rank for read in prepared.reads} & described.block_bytes.keys()):
+            layout, parts = described.layouts[number], Parts(described.block_bytes[number])
             parts.add_live(
                 part_of(items[read.target], read, layout)
                 for read in prepared.reads
@@ -549,7 +549,7 @@ class Restorer:
         def judge() -> int:
             proved = 0
             for number, source in described.sources.items():
-                found, wrong = judged(source, [sums[str(number)] for sums in told])
+                found, wrong = judged(source, [sums[str(number)] for sums in told if str(number) in sums])
                 proved += found
                 if wrong:
                     raise RestoreDiverged(
@@ -584,3 +584,15 @@ class Restorer:
         said = json.dumps(mine.bad()).encode()
         gathered = self._ranks.gather(said, "comparing damage", self._timeout_s)
         return sorted({_Bad(*entry) for part in gathered for entry in json.loads(part)})
+
+
+def _warn_of_private(layouts: Iterable[Layout], world: int) -> None:
+    """Of tensors that several ranks had for themselves under one name, some may be lost now, and others held twice."""
+    private = (p.slice for layout in layouts for p in layout.placed if is_private(p.slice) and p.slice.nbytes)
+    held = Counter(piece.name for piece in private if piece.shape)  # scalars are counts of steps, which agree
+    if several := sorted(name for name, count in held.items() if count > 1):
+        _log.warning(
+            "%d tensors were whole on each of several ranks; each rank now has those of the rank of its number modulo %d, and "
+            "if they are not alike, what no rank has is lost: %s",
+            len(several), world, ", ".join(several[:20]) + (", …" if len(several) > 20 else ""),
+        )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...errors import Corrupt, HoldfastError, SnapshotLost, SnapshotUnknown, TierUnreachable
+from ...errors import Corrupt, SnapshotLost, SnapshotUnknown, TierUnreachable
 from ...snapshot.assembly import Read, assemble
 from ...snapshot.codec import decode
 from ...snapshot.layout import Layout, Slice
@@ -85,12 +85,12 @@ class Opened:
         self._described: dict[int, tuple[Layout, int]] = {}  # by rank: layout and length
         self._values: dict[int, Any] = {}
         try:
-            self._described = self._describe(found.agents)
+            self._described = self._describe()
         except BaseException:
             self.close()
             raise
         self.layouts = {rank: layout for rank, (layout, _) in self._described.items()}
-        self._near: Collection[int] = [r for r in self.layouts if self._images.copy_here(r) is not None]
+        self._near: Collection[int] = {r for r in self.layouts if self._images.copy_here(r) is not None}
 
     def values(self, rank: int) -> Any:
         """What is no tensor in that rank's image, decoded. Raises ``SnapshotLost``, ``Corrupt``."""
@@ -124,16 +124,13 @@ class Opened:
         for source in self._sources.values():
             source.close()
         self._sources.clear()
-        try:
-            self._windows.close()
-        except HoldfastError as error:  # an agent that went away has taken them with it
-            _log.warning("windows were not given back: %s", error)
+        self._windows.close()
 
-    def _describe(self, agents: Sequence[str]) -> dict[int, tuple[Layout, int]]:
+    def _describe(self) -> dict[int, tuple[Layout, int]]:
         """Layout and length of each image; each is looked at by one rank, which tells all others. Collective."""
 
         def look() -> dict[int, tuple[int, str]]:
-            mine = [rank for rank in range(self._world) if self._images.nearest(rank, agents) == self._ranks.rank]
+            mine = [rank for rank in range(self._world) if self._images.nearest(rank) == self._ranks.rank]
             return {rank: _said(self._source(rank)) for rank in mine}
 
         said = together(self._ranks, "looking at the images", self._timeout_s, look)
