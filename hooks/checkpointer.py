@@ -34,7 +34,7 @@ from ..snapshot.beat import NONE, Agreed
 from ..snapshot.capture import Capture, Copier, copier_for
 from ..snapshot.eager import Values
 from ..snapshot.record import SnapshotId, table_bytes_for
-from ..snapshot.recovery import HeldParity, Relied, plan, relied_on
+from ..snapshot.recovery import HeldParity, Relied, plan, prospects, relied_on
 from ..snapshot.selection import Selection
 from ..snapshot.state import TrainingState
 from ..storage.tiers import Tier
@@ -298,37 +298,44 @@ class Checkpointer:
         began_s = time.perf_counter()
         selection = Selection(strict, (only,) if isinstance(only, str) else tuple(only), dict(rename or {}))
         if self._found is None:
-            self._interrupt_run()
-        assert self._found is not None
+            self._found = self._interrupt_run()
         assert isinstance(self._state, TrainingState)
-        done = Restorer(
+        restorer = Restorer(
             self._state, self._ranks, self._deadlines.restore, self._holding.slots, self._holding.welcome.agent,
             self._holding, selection,
-        ).newest(self._found)  # fmt: skip
+        )  # fmt: skip
+        try:
+            done = restorer.newest(self._found)
+        finally:
+            self._holding.refresh()  # the agent may have put images there, and even if nothing came of it
         found, self._found = self._found, None
         self._binder.forget()
         if done is not None:
             chosen, self._stats.restored = done
             report_restored(self._stats.restored, self._ranks.world)
-            if selection.whole:
-                self._continue(chosen, found)
+            self._continue(chosen, found, whole=selection.whole)
         self._stats.restore_s = time.perf_counter() - began_s
         return done[0].step if done is not None else None
 
-    def _continue(self, chosen: SnapshotId, found: Found) -> None:
-        """This run goes on from *chosen*, one of what was *found*. Collective."""
-        self._holding.refresh()
-        for id in self._holding.discard_newer(chosen):
-            _log.info("discarded %s: the job went back to %s", id, chosen)
-        self._go_on_from(chosen, chosen)
+    def _continue(self, chosen: SnapshotId, found: Found, *, whole: bool) -> None:
+        """This run goes on from *chosen*, one of what was *found*, or begins anew with some of its tensors. Collective."""
+        self._discard_newer(chosen)
+        self._go_on_from(chosen if whole else None, chosen)
         if not self._holding.alone:
             restored_s = time.perf_counter()
             relied = relied_on(found.images, found.parities, chosen)
-            if self._stats.restored is not None and self._stats.restored.world == self._ranks.world:
+            if whole and self._stats.restored is not None and self._stats.restored.world == self._ranks.world:
                 self._protect_again(chosen, relied)
             else:  # other groups guard other images now; what there is stays until there is a snapshot of this run
                 self._assemble(None, relied.parities)
+                if any(p.id == relied.id and p.sources for p in prospects(found.images, parities=found.parities)):
+                    self._fall_back_on(relied.id, chosen)
             self._stats.reprotect_s = time.perf_counter() - restored_s
+
+    def _discard_newer(self, than: SnapshotId | None) -> None:
+        """What this rank holds of snapshots that never were complete would stand in the way of those to come."""
+        for id in self._holding.discard_newer(than) if than is not None else ():
+            _log.info("discarded %s: the job went back to %s", id, than)
 
     @property
     def watermark(self) -> int | None:
@@ -425,6 +432,7 @@ class Checkpointer:
         if self._found and self._found.images and self._restored is None:
             newest = max(held.id for held in self._found.images)
             _log.warning("step %d begins without restore(), although %s is held; it will be overwritten", step, newest)
+            self._discard_newer(self._floor)
         self._found = None
 
     def _take(self, step: int, tiers: int) -> Ticket:
@@ -518,11 +526,15 @@ class Checkpointer:
             self._wait_protected(Ticket(restored.step, None, restored), self._deadlines.protect)
         except HoldfastError as error:
             _log.warning("%s is restored, and not protected again: %s", restored, error)
-            if relied.id not in (None, restored):
-                self._floor = relied.id
-                self._holding.discard(restored, f"it cannot be protected, and {relied.id} is")
+            self._fall_back_on(relied.id, restored)
         else:
             self._holding.floor_stands()
+
+    def _fall_back_on(self, protected: SnapshotId | None, restored: SnapshotId) -> None:
+        """What was *restored* is not protected, and an older snapshot is: that one stays until this run has its own."""
+        if protected not in (None, restored):
+            self._floor = protected
+            self._holding.discard(restored, f"it cannot be protected, and {protected} is")
 
     def _wait_protected(self, ticket: Ticket, timeout_s: float) -> None:
         id = self._arrivals.protected(ticket, timeout_s)
@@ -625,11 +637,9 @@ class Checkpointer:
         """Agree on a new run, younger than anything held anywhere; returns what is held. Collective."""
         wait_s = self._deadlines.restore
         reply, listed = together(
-            self._ranks,
-            "asking the agents",
-            wait_s,
+            self._ranks, "asking the agents", wait_s,
             lambda: (self._holding.inventory(wait_s), self._holding.stored(wait_s)),
-        )
+        )  # fmt: skip
         found = gather_inventories(self._ranks, reply, listed, wait_s, self._holding.elsewhere)
         names = self._ranks.gather(f"{uuid.uuid4().hex} {time.time() // 60:.0f}".encode(), "agreeing on a run", wait_s)
         self._run, minutes = names[0].decode().split()
@@ -655,21 +665,16 @@ class Checkpointer:
 
     def _go_on_from(self, restored: SnapshotId | None, floor: SnapshotId | None) -> None:
         """This run's first step comes after *restored*; *floor* must not be overwritten before it has its own snapshot."""
-        self._restored, self._floor = restored, floor
-        self._digest = None
+        self._restored, self._floor, self._digest = restored, floor, None
         self._pulse = Pulse(
-            self._ranks,
-            self._slot_count,
-            Agreed(watermark=restored.step if restored else NONE),
-            dropped=self._dropped,
-            relayout=self._lay_out,
-            advanced=self._advanced,
-        )
+            self._ranks, self._slot_count, Agreed(watermark=restored.step if restored else NONE),
+            dropped=self._dropped, relayout=self._lay_out, advanced=self._advanced,
+        )  # fmt: skip
         self._spilling.begin_run(self._run, restored.step if restored else 0)
         self._holding.forget_spills()
 
-    def _interrupt_run(self) -> None:
-        """Leave the run in the middle; what is held has changed since it began. Collective.
+    def _interrupt_run(self) -> Found:
+        """Leave the run in the middle; what is held has changed since it began, and is returned. Collective.
 
         Ranks may have begun different numbers of beats, so they go on with a new group: on the old one, one rank's beat
         would meet another's question.
@@ -679,7 +684,7 @@ class Checkpointer:
         self._ranks.close()
         self._ranks = join()
         self._binder = Binder(self._state, self._ranks)
-        self._found = self._begin_run()
+        return self._begin_run()
 
     def _unmapping(self, slot: Slot) -> None:
         """The slot's memory goes away: let go of every view into it."""

@@ -166,7 +166,9 @@ class Saves(Checkpointer):
         newest = max([agreed.watermark, *(other for other in agreed.outstanding if other != step)])
         if step <= newest:
             raise ConfigError(f"step {step} comes after step {newest}; between two loads, steps must grow")
-        self._found = None  # it is of the past from now on
+        if self._found is not None:  # it is of the past from now on
+            self._found = None
+            self._discard_newer(self._floor)
         self._dropped(step)  # of a save that failed only when all ranks had it: this one takes its place
 
     def _taken(self, step: int) -> Ticket:
@@ -207,7 +209,6 @@ class Saves(Checkpointer):
         Raises ``SnapshotUnknown``, ``SnapshotLost``, and what ``Opened`` does.
         """
         if self._found is None:
-            self._interrupt_run()
-        assert self._found is not None
+            self._found = self._interrupt_run()
         plan = choose(self._found, step)
         return Opened(plan, self._found, self._holding, self._ranks, self._deadlines.restore)

@@ -74,6 +74,32 @@ def test_a_rank_dies_while_it_comes_back(make_cluster: MakeCluster, place: str) 
     check(taken, run(cluster, reshards.come_back, [1, 0], kind="ddp-alike"))
 
 
+def test_what_is_protected_outlives_what_is_newer(make_cluster: MakeCluster) -> None:
+    """The job goes back to a snapshot that all ranks have sealed, and that is not known to be protected; it is not overwritten
+    at the cost of the one that is."""
+    cluster = make_cluster(3, "2+1")
+    cluster.begin()
+    taken = run(cluster, reshards.leave, range(3), last="sealed")
+    with pytest.raises(AssertionError, match="a rank died"):
+        run(cluster, reshards.come_back, [0, 1], crash="capture.opened=1", all=True)
+    cluster.lose(2)
+    for found in run(cluster, reshards.come_back, [0, 1]):
+        assert found["step"] == 2, found
+        assert found["tensors"] == taken[0]["before"]
+
+
+def test_a_part_comes_back_elsewhere(make_cluster: MakeCluster) -> None:
+    """Ranks know of the images that were brought into their slots for it."""
+    cluster = make_cluster(2, "auto")
+    cluster.begin()
+    taken = run(cluster, reshards.leave, [0, 1])
+    for found in run(cluster, reshards.some_of_it, [1, 0], arguments={"only": "model.*"}):
+        assert found["held"] == [3]
+        assert {name: found["tensors"][name] for name in taken[0]["tensors"] if name.startswith("model.")} == {
+            name: digest for name, digest in taken[0]["tensors"].items() if name.startswith("model.")
+        }
+
+
 @pytest.mark.parametrize("where", ["first byte", "last byte", "record", "checksums", "layout"])
 def test_a_damaged_image_elsewhere(make_cluster: MakeCluster, where: str) -> None:
     cluster = make_cluster(3, "2+1")

@@ -206,7 +206,7 @@ def killed(here: Rank) -> None:
         for number in (1, 2):
             dcp.save(_numbered(number), storage_writer=write)
         here.barrier()
-        crashpoints.arm(here.said)
+        crashpoints.arm(here.said[here.rank])
         dcp.save(_numbered(3), storage_writer=write)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from holdfast import Checkpointer, crashpoints
 from holdfast.errors import HoldfastError
+from holdfast.hooks.arrivals import taken
 from holdfast.snapshot.state import TrainingState
 from holdfast.tests.hooks.nodes import WAIT_S
 from holdfast.tests.hooks.worlds import Rank, Trained, build, sealed
@@ -49,24 +50,36 @@ def kept(here: Rank, ckpt: Checkpointer, step: int) -> None:
 
 
 def leave(here: Rank) -> dict[str, Any]:
-    """Trains as *said*, and leaves a snapshot of step 3 behind."""
+    """Trains as *said*, and leaves a snapshot of step 3 behind: perhaps one that is sealed, and no rank knows more of it; and
+    perhaps a part of another one."""
     job = build(here.said["kind"], here, seed=1)
     job.extras = {"loader": {"rank": here.rank, "position": 7}}
     ckpt = attached(job, here)
+    before: dict[str, str] = {}
     for step in (1, 2, 3):
+        before = tensors(job)
         job.turn()
-        kept(here, ckpt, step)
+        if step == 3 and "last" in here.said:
+            ckpt.wait(ckpt.snapshot(step), here.said["last"], WAIT_S)
+            here.barrier()
+        else:
+            kept(here, ckpt, step)
+    found = {"tensors": tensors(job), "before": before, "lr": job.optimizer.param_groups[0]["lr"], "draws": draws()}
+    if "torn" in here.said:
+        ticket = ckpt.snapshot(4)
+        ckpt.wait(ticket, timeout_s=WAIT_S)
+        if here.rank in here.said["torn"]:
+            ckpt._holding.discard(taken(ticket), "this rank was killed before it was sealed")
     ckpt.close(ended=False)
-    found = {"tensors": tensors(job), "lr": job.optimizer.param_groups[0]["lr"]}
-    return {**found, "draws": draws()}
+    return found
 
 
 def come_back(here: Rank) -> dict[str, Any]:
     """Comes back as *said*; and, if that works, trains on, takes a snapshot, and comes back to that.
 
-    *said* may have a place at which the last rank dies.
+    *said* may have a place at which the last rank dies, or *all* do.
     """
-    if here.rank == here.world - 1:
+    if here.rank == here.world - 1 or "all" in here.said:
         crashpoints.arm(here.said.get("crash", ""))
     job = build(here.said["kind"], here, seed=2)
     job.optimizer.param_groups[0]["lr"] = 0.5
@@ -78,6 +91,7 @@ def come_back(here: Rank) -> dict[str, Any]:
         ckpt.close(ended=False)
         return {"step": [type(error).__name__, str(error)]}
     found: dict[str, Any] = {"step": step, "tensors": tensors(job), "draws": draws(), "loader": job.extras["loader"]}
+    found["logged"] = list(here.logged)
     restored = ckpt.stats().restored
     found["restored"] = None if restored is None else asdict(restored)
     found["lr"] = job.optimizer.param_groups[0]["lr"]
@@ -102,7 +116,7 @@ def some_of_it(here: Rank) -> dict[str, Any]:
     before, drawn = tensors(job), torch.get_rng_state()
     ckpt = attached(job, here)
     try:
-        step: Any = ckpt.restore(**here.said["arguments"])
+        step: Any = None if here.said["arguments"] is None else ckpt.restore(**here.said["arguments"])
     except HoldfastError as error:
         step = [type(error).__name__, str(error)]
     restored = ckpt.stats().restored
@@ -114,6 +128,7 @@ def some_of_it(here: Rank) -> dict[str, Any]:
         "lr": job.optimizer.param_groups[0]["lr"],
         "loader": job.extras["loader"],
         "restored": None if restored is None else asdict(restored),
+        "held": sorted(id.step for id in ckpt._holding.held()),
     }
     job.turn()
     kept(here, ckpt, 1)

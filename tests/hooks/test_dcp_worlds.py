@@ -50,9 +50,16 @@ def test_refusals_reach_all_ranks(shared: Node) -> None:
         assert "without pickle" in value
 
 
-@pytest.mark.parametrize("place", ["capture.opened", "fence.before-commit"])
-def test_all_ranks_die_inside_a_save(node: Node, place: str) -> None:
+@pytest.mark.parametrize(
+    "places",
+    [
+        ("capture.opened", "capture.opened"),
+        ("fence.before-commit", "fence.before-commit"),
+        ("fence.committed", "fence.before-commit"),  # one has it sealed: it must not stand in the way of the next
+    ],
+)
+def test_all_ranks_die_inside_a_save(node: Node, places: tuple[str, str]) -> None:
     with pytest.raises(AssertionError, match="a rank died"):
-        run_world(dcp_worlds.killed, 2, node, place)
+        run_world(dcp_worlds.killed, 2, node, places)
     for rank in run_world(dcp_worlds.after, 2, node):
         assert rank == [(2, 2, True), (3, 4, True)]

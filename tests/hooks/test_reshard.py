@@ -46,6 +46,8 @@ def test_every_tensor_comes_back(node: Node, before: tuple[str, int], after: tup
         assert found["restored"]["world"] == before[1]
         # Under a two-dimensional mesh several images hold what tensor parallelism replicates, of which one is enough.
         assert found["restored"]["proved_bytes"] > 0 or before[0] == "fsdp2-tp"
+        if before[0] in ("fsdp2", "hsdp", "ddp-alike"):
+            assert not any("whole on each" in line for line in found["logged"])
         if rank < before[1]:
             assert found["draws"] == taken[rank]["draws"]
 
@@ -100,6 +102,7 @@ def test_the_model_alone(node: Node) -> None:
         assert found["step"] == 3
         assert found["tensors"] == {name: digest for name, digest in taken.items() if name.startswith("model.")}
         assert untouched(found)
+        assert found["restored"]["fresh_streams"] == ()
         assert found["watermark"] is None  # a new run: no step of it is complete before its first beat
 
 
@@ -119,6 +122,14 @@ def test_names_may_be_others(node: Node) -> None:
         assert untouched(found)
 
 
+@pytest.mark.parametrize("arguments", [{"only": "model.*"}, None])
+def test_what_never_was_complete_does_not_stand_in_the_way(node: Node, arguments: Any) -> None:
+    """Whether part of the snapshot before it is restored, or nothing."""
+    run_world(reshards.leave, 2, node, {"kind": "fsdp2", "torn": [1]})
+    for found in run_world(reshards.some_of_it, 2, node, {"kind": "fsdp2", "arguments": arguments}):
+        assert found["step"] == (3 if arguments else None)
+
+
 def test_what_is_asked_for_has_to_be_there(node: Node) -> None:
     """Strictly: nothing is half-applied."""
     _, ranks = parts(node, only=["model.up.*", "model.last.*"], rename={"model.last.": "model.first."})
@@ -128,3 +139,13 @@ def test_what_is_asked_for_has_to_be_there(node: Node) -> None:
         assert "model.last.weight: in the live state, not in the snapshot" in message
         assert found["tensors"] == found["before"]
         assert untouched(found)
+
+
+def test_what_each_rank_had_for_itself_is_told_of(node: Node) -> None:
+    """It may be one tensor, or another one on each rank: some of it is lost then."""
+    run_world(reshards.leave, 2, node, {"kind": "plain"})
+    (found,) = run_world(reshards.come_back, 1, node, {"kind": "plain"})
+    assert found["restored"]["proved_bytes"] == 0
+    assert any("whole on each of several ranks" in line and "model.down.weight" in line for line in found["logged"]), (
+        found["logged"]
+    )
