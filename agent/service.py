@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from ..errors import AgentError, AgentMismatch, ConfigError, DeadlinePassed, HoldfastError, RankTaken
+from ..errors import AgentError, AgentMismatch, AgentUnreachable, ConfigError, DeadlinePassed, HoldfastError, RankTaken
 from ..snapshot.arena import Place
 from ..snapshot.record import Record, SnapshotId
 from ..snapshot.recovery import Held
@@ -411,7 +411,7 @@ class AgentService:
     async def _read(self, request: wire.ReadRequest) -> wire.ReadReply:
         reader = self._trainers.get(request.reader)
         if reader is None or reader.gone.is_set():  # nobody would give its windows back
-            raise AgentError(f"rank {request.reader} is not attached to agent {self._name}, and has no windows")
+            raise AgentUnreachable(f"rank {request.reader} is not attached to agent {self._name}, and has no windows")
         return await self._protecting().windows.read(request)
 
     async def bring(self, request: wire.MaterialiseRequest, context: Context) -> wire.MaterialiseReply:

@@ -7,6 +7,7 @@ needed, into two windows of shared memory: while one is emptied into the live te
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import numpy.typing as npt
 from ..agent import wire_pb2 as wire
 from ..agent.client import wire_id
 from ..agent.inventory import parity_source
-from ..errors import Corrupt, HoldfastError, SnapshotLost
+from ..errors import AgentUnreachable, Corrupt, HoldfastError, SnapshotLost
 from ..snapshot.arena import Slot, Window
 from ..snapshot.layout import Layout, align
 from ..snapshot.live import Part, Source, SourceImage
@@ -31,6 +32,13 @@ WINDOW_BYTES: Final = 64 << 20
 _PIECE_BYTES: Final = WINDOW_BYTES // 8  # so that windows are filled well
 _NEAR_BYTES: Final = 4096  # what lies so close together is asked for as one range
 _RANGES: Final = 1024  # in one request
+_PAUSES_S: Final = (
+    0.5,
+    1.0,
+    2.0,
+    4.0,
+    8.0,
+)  # in which an agent that has ended is started again, and this rank attached to it
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -114,13 +122,23 @@ class Windows:
             window=window,
             reader=self._reader,
         )
-        reply = self._agent.read_ranges(request, self._timeout_s)
+        reply = self._insist(request)
         self.pulled_bytes += reply.pulled_bytes
         nbytes = sum(end - start for start, end in ranges)
         mapped = self._maps.get(reply.path)
         if mapped is None or not mapped.in_place:  # it had to grow, or was made by another agent: the old one is stale
             mapped = self._maps[reply.path] = Window.open(reply.path)
         return mapped.bytes[:nbytes]
+
+    def _insist(self, request: wire.ReadRequest) -> wire.ReadReply:
+        """The agent's answer; that of its successor, if it ends meanwhile."""
+        for pause_s in _PAUSES_S:
+            try:
+                return self._agent.read_ranges(request, self._timeout_s)
+            except AgentUnreachable as error:
+                _log.warning("%s; asking again in %g s", error, pause_s)
+                time.sleep(pause_s)
+        return self._agent.read_ranges(request, self._timeout_s)
 
     def close(self) -> None:
         """Have the agent take the windows back. Never raises: the restore is done, and other ranks go on with this one."""

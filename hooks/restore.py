@@ -522,7 +522,7 @@ class Restorer:
         if self._selection.whole:
             self._state.apply_values(prepared.values)
         else:
-            self._state.apply_some(prepared.values, self._selection.wants)
+            self._state.apply_some(prepared.values, self._selection)
 
     def _prove(self, prepared: _Prepared, described: _Described) -> int:
         """How many bytes of the images are found again in the live tensors of all ranks, by the checksums taken at the seal.
@@ -565,8 +565,14 @@ class Restorer:
         items = [i for i in self._state.survey().items if i.slice.members and i.slice.name in shared] if shared else []
         said = json.dumps(sums(items)).encode()
         gathered = [json.loads(part) for part in self._ranks.gather(said, "comparing restored state", self._timeout_s)]
-        if split := disagreeing(gathered, {item.slice.members for item in items}):
-            raise RestoreDiverged(f"after the restore, ranks {list(split[0])} hold different bytes of what they share")
+
+        def judge() -> None:
+            if split := disagreeing(gathered, {item.slice.members for item in items}):
+                raise RestoreDiverged(
+                    f"after the restore, ranks {list(split[0])} hold different bytes of what they share"
+                )
+
+        self._together("comparing restored state", judge)  # those of other groups must not go on alone
 
     # -- together ----------------------------------------------------------------------------------------------------
 

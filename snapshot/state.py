@@ -284,8 +284,7 @@ class TrainingState:
 
     def foreign_modules(self, values: Mapping[str, Any]) -> list[str]:
         """Modules of which *values* have extra state, and which are not live here; named as a state dict names that."""
-        foreign = values["modules"].keys() - _stateful_modules(self._models).keys()
-        return [f"{_module_name(key)}_extra_state" for key in foreign]
+        return [_extra_name(key) for key in values["modules"].keys() - _stateful_modules(self._models).keys()]
 
     def _hyperparameters(self, values: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any] | None]]:
         """For each group of each optimizer, its options; None for one without parameters. Raises ``LayoutMismatch``."""
@@ -303,21 +302,22 @@ class TrainingState:
                 _set_options(group, its or {})
         for name, optimizer in self.optimizers.items():
             optimizer.state.update(values["loose"].get(name, {}))
-        self.apply_some(values, lambda name: True)
+        self.apply_some(values)
         for name, extra in self._extras.items():
             _adapter_of(extra)[1](values["extras"][name])
         set_random_state(values["rng"])
 
-    def apply_some(self, values: Mapping[str, Any], wanted: Callable[[str], bool]) -> None:
-        """Put back what of *values* belongs to parameters and modules of these names, as far as it is there."""
-        for owner in self._owners():
-            if wanted(owner.name):
-                owner.optimizer.state[owner.parameter].update(values["state"].get(owner.name, {}))
-                if not owner.state:
-                    del owner.optimizer.state[owner.parameter]
+    def apply_some(self, values: Mapping[str, Any], chosen: Selection = ALL) -> None:
+        """Put back what of *values* belongs to the parameters and modules that are *chosen*, as far as it is there."""
+        state = {chosen.live_name(name): kept for name, kept in values["state"].items()}
+        extra = {chosen.live_name(_extra_name(key)): kept for key, kept in values["modules"].items()}
+        for owner in (owner for owner in self._owners() if chosen.wants(owner.name)):
+            owner.optimizer.state[owner.parameter].update(state.get(owner.name, {}))
+            if not owner.state:
+                del owner.optimizer.state[owner.parameter]
         for key, module in _stateful_modules(self._models).items():
-            if key in values["modules"] and wanted(f"{_module_name(key)}_extra_state"):
-                module.set_extra_state(values["modules"][key])
+            if (name := _extra_name(key)) in extra and chosen.wants(name):
+                module.set_extra_state(extra[name])
 
     # -- coming back -------------------------------------------------------------------------------------------------
 
@@ -435,9 +435,9 @@ def _stateful_modules(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     }
 
 
-def _module_name(key: str) -> str:
-    """What the names of a module's tensors begin with, by the key of its extra state."""
-    return "model." + key.replace(":", ".", 1).removeprefix(".")
+def _extra_name(key: str) -> str:
+    """What a state dict calls the extra state of a module, by the key under which it is kept."""
+    return f"model.{key.replace(':', '.', 1).removeprefix('.')}_extra_state"
 
 
 _values = operator.methodcaller("values")
