@@ -140,6 +140,7 @@ def _process_group(task: Task) -> Iterator[None]:
     dist.init_process_group("gloo", store=store, rank=task.rank, world_size=task.world, timeout=COLLECTIVE_TIMEOUT)
     try:
         yield
+        dist.barrier()  # who leaves sooner closes connections that another's last collective may still need
     finally:
         dist.destroy_process_group()
 
