@@ -17,9 +17,9 @@ setup: .venv/.ready
 demo: setup
 	$(BIN)/holdfast demo --kill trainer --kills 3 --ranks 2
 
-# HOLDFAST_THOROUGH=1 tries all places and pairs that these tests otherwise sample; it takes much longer.
+# Three processes, since some tests wait longer than they compute. HOLDFAST_THOROUGH=1 tries all places and pairs that these tests otherwise sample; it takes much longer.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+	$(BIN)/python -m pytest -n 3 --dist worksteal -q
 
 # mypy wants the package under its own name, whatever the folder of this clone is called.
 check: setup
