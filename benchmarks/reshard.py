@@ -2,7 +2,7 @@
 
     python benchmarks/reshard.py [--size 2GB] [--rounds 3] [--worlds 2,6,4] [--folder FOLDER] [--quick]
 
-An FSDP2 job of four ranks takes a snapshot, and saves the same state with DCP. Then jobs of other numbers of ranks bring it
+An FSDP2 job of four ranks takes a snapshot, and saves the same state with DCP. Then new jobs of other numbers of ranks bring it
 back, both ways in turn, from before the first rank begins until the last has it; everything shares this machine's cores. DCP's
 files are in the page cache. The limit is the copy of the same bytes between two resident buffers, all ranks at the same time.
 """
@@ -50,12 +50,12 @@ def main() -> int:
         folder = Path(name)
         shm = Path("/dev/shm") / folder.name
         try:
-            _job(_TAKEN_BY, "leave", nbytes, options.rounds, folder)
+            _job(_TAKEN_BY, "leave", nbytes, folder)
             print(
                 f"\n== {nbytes / 1e6:.0f} MB, FSDP2, taken by {_TAKEN_BY} ranks; DCP's files are in the page cache =="
             )
             for world in map(int, options.worlds.split(",")):
-                _show(world, _job(world, "come_back", nbytes, options.rounds, folder))
+                _show(world, [_job(world, "come_back", nbytes, folder) for _ in range(options.rounds)])
         finally:
             end_agent(shm)
             shutil.rmtree(shm, ignore_errors=True)
@@ -70,12 +70,12 @@ def _show(world: int, rounds: list[dict[str, float]]) -> None:
     verdict(f"{_TAKEN_BY} to {world} ranks, times DCP", f"{times:.1f}", f">= {least}", times >= least)
 
 
-def _job(world: int, part: str, nbytes: int, rounds: int, folder: Path) -> list[dict[str, float]]:
-    """Run one job; the seconds that each way took in each round."""
+def _job(world: int, part: str, nbytes: int, folder: Path) -> dict[str, float]:
+    """Run one job; the seconds that each way took."""
     (folder / "store").unlink(missing_ok=True)
     context = multiprocessing.get_context("spawn")
     ranks = [
-        context.Process(target=_rank, args=(rank, world, part, nbytes, rounds, str(folder)), daemon=True)
+        context.Process(target=_rank, args=(rank, world, part, nbytes, str(folder)), daemon=True)
         for rank in range(world)
     ]
     for process in ranks:
@@ -83,11 +83,11 @@ def _job(world: int, part: str, nbytes: int, rounds: int, folder: Path) -> list[
     for process in ranks:
         process.join(_TIMEOUT_S)
         assert process.exitcode == 0, f"a rank ended with {process.exitcode}"
-    told: list[dict[str, float]] = json.loads((folder / "told.json").read_text())
+    told: dict[str, float] = json.loads((folder / "told.json").read_text())
     return told
 
 
-def _rank(rank: int, world: int, part: str, nbytes: int, rounds: int, folder: str) -> None:
+def _rank(rank: int, world: int, part: str, nbytes: int, folder: str) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
@@ -95,7 +95,7 @@ def _rank(rank: int, world: int, part: str, nbytes: int, rounds: int, folder: st
     logging.getLogger("holdfast").setLevel(logging.ERROR)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     work = _leave if part == "leave" else _come_back
-    told = work(nbytes, rounds, Path(folder))
+    told = work(nbytes, Path(folder))
     if rank == 0:
         (Path(folder) / "told.json").write_text(json.dumps(told))
     dist.barrier()
@@ -124,7 +124,7 @@ def _attached(model: Any, optimizer: Any, folder: Path) -> Any:
     return Checkpointer(model, optimizer, job=folder.name, shm=f"/dev/shm/{folder.name}")
 
 
-def _leave(nbytes: int, rounds: int, folder: Path) -> list[dict[str, float]]:
+def _leave(nbytes: int, folder: Path) -> dict[str, float]:
     from torch.distributed.checkpoint.state_dict import get_state_dict
     from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -134,10 +134,10 @@ def _leave(nbytes: int, rounds: int, folder: Path) -> list[dict[str, float]]:
     ckpt.close(ended=False)
     state, moments = get_state_dict(model, optimizer)
     save({"model": state, "optim": moments}, checkpoint_id=folder / "dcp")
-    return []
+    return {}
 
 
-def _come_back(nbytes: int, rounds: int, folder: Path) -> list[dict[str, float]]:
+def _come_back(nbytes: int, folder: Path) -> dict[str, float]:
     from torch.distributed.checkpoint.state_dict import get_state_dict
     from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -146,27 +146,24 @@ def _come_back(nbytes: int, rounds: int, folder: Path) -> list[dict[str, float]]
     truth = [float(t.sum()) for t in live]
     other = [torch.ones_like(t) for t in live]
     ckpt = _attached(model, optimizer, folder)
-    told: list[dict[str, float]] = []
-    for _ in range(rounds):
-        took: dict[str, float] = {}
-        for way in ("holdfast", "dcp", "copy"):
-            state, moments = get_state_dict(model, optimizer)
-            for tensor in live:
-                tensor.zero_()
-            began_s = _together()
-            if way == "holdfast":
-                assert ckpt.restore() == 1
-            elif way == "dcp":
-                load({"model": state, "optim": moments}, checkpoint_id=folder / "dcp")
-            else:
-                for tensor, source in zip(live, other, strict=True):
-                    tensor.copy_(source)
-            took[way] = _together() - began_s
-            found = [float(t.sum()) for t in live]
-            assert way == "copy" or found == truth, f"{way} brought something else back"
-        told.append(took)
+    took: dict[str, float] = {}
+    for way in ("holdfast", "dcp", "copy"):
+        state, moments = get_state_dict(model, optimizer)
+        for tensor in live:
+            tensor.zero_()
+        began_s = _together()
+        if way == "holdfast":
+            assert ckpt.restore() == 1
+        elif way == "dcp":
+            load({"model": state, "optim": moments}, checkpoint_id=folder / "dcp")
+        else:
+            for tensor, source in zip(live, other, strict=True):
+                tensor.copy_(source)
+        took[way] = _together() - began_s
+        found = [float(t.sum()) for t in live]
+        assert way == "copy" or found == truth, f"{way} brought something else back"
     ckpt.close(ended=False)
-    return told
+    return took
 
 
 def _moments(optimizer: Any, parameter: Any) -> list[Any]:

@@ -38,7 +38,7 @@ from ..snapshot.record import SnapshotId
 from ..snapshot.recovery import Held, Persisted, Plan, Rebuilt, plan
 from ..snapshot.replicas import disagreeing, sums
 from ..snapshot.selection import ALL, Selection
-from ..snapshot.state import Targets, TrainingState, from_leaf, to_leaf
+from ..snapshot.state import Survey, Targets, TrainingState, from_leaf, to_leaf
 from ..snapshot.streams import fresh_streams, stream_digests
 from ..snapshot.values import SHARED, merged
 from .contract import Restored
@@ -314,8 +314,8 @@ class Restorer:
     def _as_before(self, images: Images, stack: ExitStack, attempt: _Attempt) -> _Prepared | None:
         """If this rank holds what it held then: its own image, and those of its replicas, are all it takes. None if that is not
         so, or if images are damaged."""
-        rank = self._ranks.rank
-        opened = {needed: self._open(needed, images, stack, attempt) for needed in self._needed()}
+        rank, survey = self._ranks.rank, self._state.survey()
+        opened = {needed: self._open(needed, images, stack, attempt) for needed in self._needed(survey)}
         sources = {needed: source for needed, source in opened.items() if source is not None}
         values = None if attempt.damage else self._values(rank, sources[rank], attempt)
         if values is None:
@@ -328,7 +328,7 @@ class Restorer:
             for placed in layout.placed
             if owner == rank or rank in placed.slice.members
         ]
-        targets = self._state.targets(held, self._selection)
+        targets = self._state.targets(held, self._selection, survey)
         if targets.misfits or self._state.lacks(values):
             return None
         try:
@@ -494,11 +494,11 @@ class Restorer:
             raise LayoutMismatch(f"the values of rank {rank} are a {type(values).__name__}, not a state")
         return values
 
-    def _needed(self) -> list[int]:
+    def _needed(self, survey: Survey) -> list[int]:
         """The ranks whose images hold something of this rank's state if all is as it was: its own, and those of its replicas."""
         if self._ranks.world == 1:
             return [0]
-        members = {rank for item in self._state.survey().items for rank in item.slice.members}
+        members = {rank for item in survey.items for rank in item.slice.members}
         return sorted(members | {self._ranks.rank})
 
     # -- applying ----------------------------------------------------------------------------------------------------

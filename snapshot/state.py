@@ -13,7 +13,6 @@ random generators. Names, not positions, tie a value to its owner when it comes 
 
 from __future__ import annotations
 
-import math
 import operator
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
@@ -26,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
@@ -34,6 +33,7 @@ from ..errors import Corrupt, LayoutMismatch, StateRefused
 from .codec import Raw, Tagged
 from .frozen import may_stand_still
 from .layout import ITEM_BYTES, Slice, room
+from .meshes import mesh_chunk, mesh_replicas, plain_chunk
 from .partition import chunk_bytes, gridded
 from .selection import ALL, Misfits, Selection, misfits
 from .streams import RandomState, python_state, set_python_state, set_random_state
@@ -321,7 +321,7 @@ class TrainingState:
 
     # -- coming back -------------------------------------------------------------------------------------------------
 
-    def targets(self, held: Iterable[Slice], selection: Selection = ALL) -> Targets:
+    def targets(self, held: Iterable[Slice], selection: Selection = ALL, survey: Survey | None = None) -> Targets:
         """Where each tensor that a snapshot holds goes: live tensors, and new ones for optimizer state not yet there.
 
         Nothing live is changed.
@@ -329,9 +329,10 @@ class TrainingState:
         Args:
             held: slices of the snapshot, of any rank, under their live names; every tensor at least once.
             selection: what is wanted of them.
+            survey: of the live state as it is now, if there is one.
         """
         saved = {piece.name: piece for piece in held if selection.wants(piece.name)}
-        live = {item.slice.name: item for item in self.survey().items if selection.wants(item.slice.name)}
+        live = {item.slice.name: item for item in (survey or self.survey()).items if selection.wants(item.slice.name)}
         owners = {owner.name: owner for owner in self._owners()}
         state_of = {name: owners.get(name.rpartition(".")[0]) for name in [*saved, *live]}
         # Of optimizer state, the snapshot decides what there is; of all else, what is live.
@@ -462,11 +463,11 @@ def _item(name: str, source: torch.Tensor, replicas: tuple[int, ...], *, lazy: b
     if is_lazy(source):
         raise StateRefused(f"{name}: not initialised yet; run one forward pass before the Checkpointer is made")
     shape, start, extent = tuple(source.shape), (0,) * source.ndim, tuple(source.shape)
-    local, chunk = source, _plain_chunk(shape, replicas)
+    local, chunk = source, plain_chunk(shape, replicas)
     if isinstance(source, DTensor):
         if any(placement.is_partial() for placement in source.placements):
             raise StateRefused(f"{name}: a DTensor with pending partial sums {source.placements} cannot be captured")
-        replicas, chunk = _mesh_replicas(source), _mesh_chunk(source)
+        replicas, chunk = mesh_replicas(source), mesh_chunk(source)
         local = source.to_local()
         chunks = source.__create_chunk_list__()  # type: ignore[no-untyped-call]
         if len(chunks) != 1:
@@ -494,55 +495,6 @@ def plain_tensor(name: str, local: torch.Tensor) -> torch.Tensor:
             f"{name}: its elements overlap in memory (it was expanded); a contiguous copy can be captured"
         )
     return local
-
-
-def _plain_chunk(shape: tuple[int, ...], replicas: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The grid of a plain tensor: one box, if all ranks of the job hold the same one."""
-    alike = len(replicas) == _world() or _world() == 1
-    return tuple(max(size, 1) for size in shape) if alike else None
-
-
-def _mesh_chunk(tensor: DTensor) -> tuple[int, ...] | None:
-    """The grid on which all ranks of the job cut *tensor*; None if some hold no part of it, or it is no regular grid.
-
-    Every rank must come to the same answer: it follows from the mesh, the placements and the tensor's shape alone.
-    """
-    mesh = tensor.device_mesh
-    if sorted(mesh.mesh.flatten().tolist()) != list(range(_world())):
-        return None
-    parts: list[list[int]] = [[] for _ in tensor.shape]
-    strided = set[int]()
-    for placement, size in reversed(list(zip(tensor.placements, mesh.shape, strict=True))):
-        if placement.is_replicate() or size == 1:
-            continue
-        dimension = getattr(placement, "dim", None)
-        if dimension is None:
-            return None
-        if type(placement) is not Shard:  # FSDP on top of tensor parallelism: what comes after it is cut before it
-            if getattr(placement, "split_factor", None) != math.prod(parts[dimension]):
-                return None
-            strided.add(dimension)
-        parts[dimension].append(size)
-    grid: list[int] = []
-    for dimension, (length, counts) in enumerate(zip(tensor.shape, parts, strict=True)):
-        # One cut is that of torch.chunk, whose last parts may be shorter or empty; several make a grid if they are even.
-        if (len(counts) > 1 or dimension in strided) and length % math.prod(counts):
-            return None
-        grid.append(max(-(-length // math.prod(counts)), 1))
-    return tuple(grid)
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _mesh_replicas(tensor: DTensor) -> tuple[int, ...]:
-    """The ranks that hold the very same part of *tensor*: those that differ only along replicated mesh dimensions."""
-    mesh, place = tensor.device_mesh, tensor.device_mesh.get_coordinate()
-    assert place is not None  # a rank outside the mesh holds no part of it, and would not get here
-    index = tuple(slice(None) if p.is_replicate() else c for p, c in zip(tensor.placements, place, strict=True))
-    ranks = tuple(sorted(int(r) for r in mesh.mesh[index].flatten().tolist()))
-    return ranks if len(ranks) > 1 else ()
 
 
 def _same_kind(item: Item | None, piece: Slice | None) -> Item | None:

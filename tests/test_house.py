@@ -23,7 +23,7 @@ DOORS = frozenset(
 )  # the package's own front: they offer what is above them, lazily
 GENERATED = frozenset({"holdfast.agent.wire_pb2"})
 TORCH = frozenset({"holdfast.snapshot.capture", "holdfast.snapshot.state", "holdfast.snapshot.cuda",
-                   "holdfast.snapshot.frozen", "holdfast.snapshot.live", "holdfast.snapshot.proof",
+                   "holdfast.snapshot.frozen", "holdfast.snapshot.live", "holdfast.snapshot.meshes", "holdfast.snapshot.proof",
                    "holdfast.snapshot.replicas", "holdfast.snapshot.streams"})  # fmt: skip
 
 

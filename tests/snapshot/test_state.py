@@ -32,9 +32,10 @@ from holdfast.hooks.restore import Restorer
 from holdfast.snapshot.capture import Capture, CpuCopier, bind
 from holdfast.snapshot.codec import encode
 from holdfast.snapshot.layout import Layout
+from holdfast.snapshot.meshes import mesh_chunk, plain_chunk
 from holdfast.snapshot.partition import share
 from holdfast.snapshot.record import SnapshotId, new_nonce
-from holdfast.snapshot.state import TrainingState, _mesh_chunk, _plain_chunk, to_leaf
+from holdfast.snapshot.state import TrainingState, to_leaf
 from holdfast.tests.hooks.nodes import bits, bits_of_models, bits_of_optimizers
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -905,6 +906,14 @@ def test_a_job_of_one_rank_has_all_its_tensors_on_grids() -> None:
     }  # fmt: skip
 
 
+@dataclass(eq=False)
+class _Mesh:
+    """What is asked of a device mesh, without a process group."""
+
+    mesh: torch.Tensor
+    shape: tuple[int, ...]
+
+
 @pytest.mark.parametrize(
     ("mesh", "placements", "shape", "expected"),
     [
@@ -928,10 +937,10 @@ def test_the_grid_of_a_dtensor(
     expected: tuple[int, ...] | None,
 ) -> None:
     """In a world of four ranks; the last mesh has only two of them."""
-    monkeypatch.setattr("holdfast.snapshot.state._world", lambda: 4)
-    ranks = SimpleNamespace(mesh=torch.arange(math.prod(mesh)).reshape(mesh), shape=mesh)
+    monkeypatch.setattr("holdfast.snapshot.meshes._world", lambda: 4)
+    ranks = _Mesh(torch.arange(math.prod(mesh)).reshape(mesh), mesh)
     tensor: Any = SimpleNamespace(device_mesh=ranks, placements=placements, shape=shape)
-    assert _mesh_chunk(tensor) == expected
+    assert mesh_chunk(tensor) == expected
 
 
 @pytest.mark.parametrize(("replicas", "expected"), [((), None), ((0, 1), None), ((0, 1, 2, 3), (3, 2))])
@@ -939,5 +948,5 @@ def test_the_grid_of_a_plain_tensor(
     monkeypatch: pytest.MonkeyPatch, replicas: tuple[int, ...], expected: tuple[int, ...] | None
 ) -> None:
     """Replicated over all four ranks, or not on any grid: two groups may hold different tensors of one name."""
-    monkeypatch.setattr("holdfast.snapshot.state._world", lambda: 4)
-    assert _plain_chunk((3, 2), replicas) == expected
+    monkeypatch.setattr("holdfast.snapshot.meshes._world", lambda: 4)
+    assert plain_chunk((3, 2), replicas) == expected
