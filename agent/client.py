@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 
 import grpc
+import numpy as np
 from google.protobuf.message import Message
 
 from ..errors import AgentError, AgentUnreachable, DeadlinePassed, HoldfastError, every_error
@@ -39,6 +40,11 @@ CHANNEL_OPTIONS: Final = [
     ("grpc.use_local_subchannel_pool", 1),  # or a new channel inherits the back-off of an old one to the same socket
 ]
 Reply = TypeVar("Reply", bound=Message)
+
+
+def packed(ranges: Sequence[tuple[int, int]]) -> bytes:
+    """(offset, length) pairs as ``ReadRequest.ranges`` takes them."""
+    return np.array(ranges, "<u8").tobytes()
 
 
 class AgentClient:

@@ -131,7 +131,7 @@ class Windows:
             SnapshotLost: the bytes cannot be had, however often one tries.
             AgentUnreachable, DeadlinePassed, …: what stood in the way may be over at the next try.
         """
-        if not request.ranges and not request.table:
+        if not request.ranges:
             await self.give_back(request.reader)
             return wire.ReadReply()
         wanted, nbytes = _wanted(request)
@@ -261,10 +261,9 @@ def _wanted(request: wire.ReadRequest) -> tuple[Wanted, int]:
     """The ranges that are asked for, and how many bytes they have together. Raises ``ConfigError``."""
     if request.window >= WINDOWS:
         raise ConfigError(f"window {request.window} is asked for; a reader has {WINDOWS}")
-    if len(request.table) % 16:
-        raise ConfigError(f"a table of ranges has {len(request.table)} bytes: it takes 16 for each")
-    few = np.array([(r.offset, r.nbytes) for r in request.ranges], np.uint64).reshape(-1, 2)
-    table = np.concatenate([few, np.frombuffer(request.table, "<u8").reshape(-1, 2)])
+    if len(request.ranges) % 16:
+        raise ConfigError(f"ranges of {len(request.ranges)} bytes are asked for: each takes 16")
+    table = np.frombuffer(request.ranges, "<u8").reshape(-1, 2)
     offsets, lengths = table[:, 0], table[:, 1]
     # One by one first: the sum of any might be small again.
     if len(table) > WINDOW_RANGES or max(lengths.max(), lengths.sum()) > WINDOW_BYTES:

@@ -652,18 +652,16 @@ class Description(_message.Message):
     def __init__(self, layout: _Optional[bytes] = ..., image_bytes: _Optional[int] = ..., how: _Optional[str] = ...) -> None: ...
 
 class ReadRequest(_message.Message):
-    __slots__ = ("image", "ranges", "window", "reader", "table")
+    __slots__ = ("image", "ranges", "window", "reader")
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     RANGES_FIELD_NUMBER: _ClassVar[int]
     WINDOW_FIELD_NUMBER: _ClassVar[int]
     READER_FIELD_NUMBER: _ClassVar[int]
-    TABLE_FIELD_NUMBER: _ClassVar[int]
     image: MaterialiseRequest
-    ranges: _containers.RepeatedCompositeFieldContainer[Range]
+    ranges: bytes
     window: int
     reader: int
-    table: bytes
-    def __init__(self, image: _Optional[_Union[MaterialiseRequest, _Mapping]] = ..., ranges: _Optional[_Iterable[_Union[Range, _Mapping]]] = ..., window: _Optional[int] = ..., reader: _Optional[int] = ..., table: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, image: _Optional[_Union[MaterialiseRequest, _Mapping]] = ..., ranges: _Optional[bytes] = ..., window: _Optional[int] = ..., reader: _Optional[int] = ...) -> None: ...
 
 class ReadReply(_message.Message):
     __slots__ = ("path", "how", "pulled_bytes")

@@ -11,13 +11,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from ..agent import wire_pb2 as wire
-from ..agent.client import wire_id
+from ..agent.client import WINDOW_BYTES, WINDOW_RANGES, packed, wire_id
 from ..agent.inventory import parity_source
 from ..errors import AgentUnreachable, Corrupt, HoldfastError, SnapshotLost
 from ..snapshot.arena import Slot, Window
@@ -28,17 +29,9 @@ from ..snapshot.recovery import Held, Plan
 from .found import Found
 
 _log = logging.getLogger(__name__)
-WINDOW_BYTES: Final = 64 << 20
 _PIECE_BYTES: Final = WINDOW_BYTES // 8  # so that windows are filled well
 _NEAR_BYTES: Final = 4096  # what lies so close together is asked for as one range
-_RANGES: Final = 1024  # in one request
-_PAUSES_S: Final = (
-    0.5,
-    1.0,
-    2.0,
-    4.0,
-    8.0,
-)  # in which an agent that has ended is started again, and this rank attached to it
+_PAUSES_S: Final = (0.5, 1.0, 2.0, 4.0, 8.0)  # an agent that has ended is started again, and this rank attached to it
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -79,7 +72,7 @@ class _Batch:
             self.ranges[-1] = start, max(stop, high)
         else:
             start, grown = low, high - low
-            if self.ranges and (self.nbytes + grown > WINDOW_BYTES or len(self.ranges) == _RANGES):
+            if self.ranges and (self.nbytes + grown > WINDOW_BYTES or len(self.ranges) == WINDOW_RANGES):
                 return False
             self.ranges.append((low, high))
         self.nbytes += grown
@@ -118,7 +111,7 @@ class Windows:
         """The bytes of these (start, end) ranges, one after the other; theirs until the same window is asked for again."""
         request = wire.ReadRequest(
             image=image,
-            ranges=[wire.Range(offset=start, nbytes=end - start) for start, end in ranges],
+            ranges=packed([(start, end - start) for start, end in ranges]),
             window=window,
             reader=self._reader,
         )
@@ -146,9 +139,7 @@ class Windows:
             self._maps.clear()
             try:
                 self._agent.read_ranges(wire.ReadRequest(reader=self._reader), self._timeout_s)
-            except (
-                HoldfastError
-            ) as error:  # an agent that has ended meanwhile took them with it; a new one removes them
+            except HoldfastError as error:  # its agent ended meanwhile, and took them with it
                 _log.warning("the windows of rank %d are not given back: %s", self._reader, error)
 
 
@@ -168,12 +159,7 @@ class RangedImage:
             coming = [ahead.submit(self._windows.read, self._request, b.ranges, i % 2) for i, b in enumerate(todo[:2])]
             for number, batch in enumerate(todo):
                 found = coming[number].result()
-                list(
-                    pool.map(
-                        lambda its, found=found: its[0].copy_from(found[its[1] : its[1] + its[0].span.nbytes]),
-                        batch.parts,
-                    )
-                )
+                list(pool.map(partial(_copy, found), batch.parts))
                 if number + 2 < len(todo):
                     following = todo[number + 2].ranges
                     coming.append(ahead.submit(self._windows.read, self._request, following, number % 2))
@@ -189,6 +175,12 @@ class RangedImage:
 
     def close(self) -> None:
         """Nothing is held between reads."""
+
+
+def _copy(found: Bytes, part: tuple[Part, int]) -> None:
+    """Fill a part from its place in a window."""
+    its, at = part
+    its.copy_from(found[at : at + its.span.nbytes])
 
 
 class Images:

@@ -14,6 +14,7 @@ import pytest
 from holdfast.agent import wire_pb2 as wire
 from holdfast.agent.arenas import Arenas
 from holdfast.agent.budget import Memory
+from holdfast.agent.client import packed
 from holdfast.agent.guard import Accumulate, Cell, Guard, Offer, Stage, Table
 from holdfast.agent.manifest import CellTable
 from holdfast.agent.settings import NodeSettings
@@ -265,9 +266,7 @@ def test_what_the_job_stands_by_outlasts_a_change_of_world() -> None:
             await _snap(group, new, second, ONE)
             await group.lose("c")
             for rank in (2, 5):
-                ask = wire.ReadRequest(
-                    image=group.request(rank, ONE), ranges=[wire.Range(offset=3, nbytes=69_997 + rank)]
-                )
+                ask = wire.ReadRequest(image=group.request(rank, ONE), ranges=packed([(3, 69_997 + rank)]))
                 reply = await members[0].protector.windows.read(ask)
                 assert reply.how.startswith("rebuilt")
                 assert Path(reply.path).read_bytes()[: len(images[rank]) - 3] == images[rank][3:]

@@ -14,7 +14,7 @@ import grpc
 import numpy as np
 import pytest
 from holdfast.agent import wire_pb2 as wire
-from holdfast.agent.client import AgentClient, Attachment, hello, place_of
+from holdfast.agent.client import AgentClient, Attachment, hello, packed, place_of
 from holdfast.agent.settings import PROTOCOL
 from holdfast.errors import (
     AgentError,
@@ -441,7 +441,7 @@ def test_parts_of_images_are_for_whoever_is_attached(node: Node, trainer: Traine
     trainer.sealed(7)
     image = wire.MaterialiseRequest(id=wire.Id(run=RUN, generation=1, step=7), rank=0, world=4)
     image.images.add(rank=0, agent=node.status().agent)
-    request = wire.ReadRequest(image=image, ranges=[wire.Range(offset=4000, nbytes=90), wire.Range(nbytes=6)], reader=0)
+    request = wire.ReadRequest(image=image, ranges=packed([(4000, 90), (0, 6)]), reader=0)
     with AgentClient.at(node.settings) as client:
         said = client.describe_image(image, WAIT_S)
         assert (said.layout, said.image_bytes) == (LAYOUT.to_text(), 4096)

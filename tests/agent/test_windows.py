@@ -17,7 +17,7 @@ import pytest
 from holdfast.agent import combine, rebuild, windows
 from holdfast.agent import wire_pb2 as wire
 from holdfast.agent.arenas import Arenas
-from holdfast.agent.client import WINDOW_BYTES, WINDOW_RANGES, AgentClient
+from holdfast.agent.client import WINDOW_BYTES, WINDOW_RANGES, AgentClient, packed
 from holdfast.agent.settings import NodeSettings
 from holdfast.errors import AgentUnreachable, BudgetExceeded, ConfigError, Corrupt, SnapshotLost
 from holdfast.snapshot.arena import Window
@@ -40,8 +40,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def question(image: wire.MaterialiseRequest, parts: Parts, *, window: int = 0, reader: int = 0) -> wire.ReadRequest:
-    ranges = [wire.Range(offset=offset, nbytes=nbytes) for offset, nbytes in parts]
-    return wire.ReadRequest(image=image, ranges=ranges, window=window, reader=reader)
+    return wire.ReadRequest(image=image, ranges=packed(parts), window=window, reader=reader)
 
 
 async def read(
@@ -528,7 +527,7 @@ def test_what_is_too_much_or_not_there_is_refused(parts: Parts, message: str) ->
         error = await refusal(read(a, request, parts))
         assert isinstance(error, ConfigError)
         assert message in str(error)
-        for odd in (question(request, [(0, 1)], window=2), wire.ReadRequest(image=request, table=bytes(24))):
+        for odd in (question(request, [(0, 1)], window=2), wire.ReadRequest(image=request, ranges=bytes(24))):
             assert isinstance(await refusal(a.protector.windows.read(odd)), ConfigError)
         assert (await read(a, request, [(0, 1)] * 2))[0] == images[0][:1] * 2
 
@@ -539,9 +538,7 @@ def test_as_many_ranges_as_there_may_be_and_overlapping() -> None:
     async def work(group: Group, images: dict[int, bytes]) -> None:
         draw = random.Random(3)
         parts = [(draw.randrange(large(1) - 40), draw.randrange(40)) for _ in range(WINDOW_RANGES)]
-        request = wire.ReadRequest(image=group.request(1, ONE), table=np.array(parts[1:], "<u8").tobytes())
-        request.ranges.add(offset=parts[0][0], nbytes=parts[0][1])
-        reply = await group.members["a"].protector.windows.read(request)
+        reply = await group.members["a"].protector.windows.read(question(group.request(1, ONE), parts))
         assert content(reply, sum(nbytes for _, nbytes in parts)) == cut(images[1], parts)
         assert reply.pulled_bytes == large(1)
 

@@ -7,7 +7,7 @@ from typing import cast
 
 import pytest
 from holdfast.agent import wire_pb2 as wire
-from holdfast.errors import AgentError, Corrupt
+from holdfast.errors import AgentError, AgentUnreachable, Corrupt
 from holdfast.hooks.found import Found
 from holdfast.hooks.images import Agent, Images, Windows
 from holdfast.snapshot.arena import Window
@@ -41,10 +41,14 @@ class _Agent:
     def __init__(self, folder: Path, layout: bytes = b"", image_bytes: int = 0) -> None:
         self.window = Window.create(folder, 0, 0, 4096)
         self.asked = 0
+        self.away = 0  # so often it does not answer
         self.said = wire.Description(layout=layout, image_bytes=image_bytes)
 
     def read_ranges(self, request: wire.ReadRequest, timeout_s: float) -> wire.ReadReply:
         self.asked += 1
+        if self.away:
+            self.away -= 1
+            raise AgentUnreachable("no agent answers")
         if not request.ranges:
             raise AgentError("rank 0 is not attached to this agent")
         return wire.ReadReply(path=self.window.path)
@@ -61,6 +65,19 @@ def test_windows_whose_agent_is_gone_are_no_reason_to_fail(tmp_path: Path) -> No
     windows.close()
     windows.close()
     assert agent.asked == 2
+
+
+def test_an_agent_that_ends_between_two_windows_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is started anew meanwhile, and this rank attached to it; for so long, and no longer."""
+    monkeypatch.setattr("holdfast.hooks.images._PAUSES_S", (0.0, 0.0))
+    agent = _Agent(tmp_path)
+    windows = Windows(cast("Agent", agent), 0, 1.0)
+    agent.away = 2
+    assert windows.read(wire.MaterialiseRequest(), [(0, 64)], 0).nbytes == 64
+    assert agent.asked == 3
+    agent.away = 3
+    with pytest.raises(AgentUnreachable):
+        windows.read(wire.MaterialiseRequest(), [(0, 64)], 0)
 
 
 def test_a_layout_that_is_longer_than_its_image(tmp_path: Path) -> None:

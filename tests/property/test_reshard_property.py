@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from holdfast.hooks.images import WINDOW_BYTES, batches
+from holdfast.agent.client import WINDOW_BYTES
+from holdfast.hooks.images import batches
 from holdfast.snapshot.assembly import assemble
 from holdfast.snapshot.layout import ITEM_BYTES, Layout, Slice
 from holdfast.snapshot.live import Part
