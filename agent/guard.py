@@ -203,7 +203,7 @@ class Guard:
     _wanted: dict[SnapshotId, _Wanted] = field(default_factory=dict)
     _attempts: int = 0
     _kept_alone: bool = (
-        False  # no floor is protected anew, so what the job goes back to stands by kept parity and no other
+        False  # no floor is protected anew: what the job goes back to stands by kept parity, and no other
     )
 
     # -- who is there ------------------------------------------------------------------------------------------------

@@ -162,9 +162,7 @@ class Protector:
         floor = id_of(roster.floor) if roster.HasField("floor") else None
         if table is None:
             self._perform(self._guard.assemble(None, roster.run, floor, [], roster.timeout_s))
-            self._arenas.reserve_cells(
-                0, 0, image_bytes=0, table_bytes=0
-            )  # of former groups there may be some to let go
+            self._arenas.reserve_cells(0, 0, image_bytes=0, table_bytes=0)  # of former groups, some may go
             self._addresses, self._ranks = (), ranks
             return wire.Rostered(alone=True)
         n, m = len(peers), table.tolerance
