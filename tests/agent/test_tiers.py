@@ -116,6 +116,38 @@ async def put(folder: Path, key: str, data: bytes = b"") -> None:
     await store.close()
 
 
+def test_what_comes_while_a_tier_is_tidied_has_it_tidied_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass may have listed the tier before a spill ended; nothing else would begin another."""
+
+    async def work() -> None:
+        async with Agent(tmp_path, keep=1) as agent:
+            await agent.spilled(snapshot(1))
+            tier = agent.tiers.all[0]
+            assert tier.tidying is not None
+            await tier.tidying
+            begun, held = asyncio.Event(), asyncio.Event()
+            prune = agent.spiller._prune
+
+            async def late(which: Any) -> None:
+                await prune(which)
+                begun.set()
+                await held.wait()
+
+            monkeypatch.setattr(agent.spiller, "_prune", late)
+            await agent.spilled(snapshot(2))
+            await begun.wait()
+            passes = tier.tidying
+            await agent.spilled(snapshot(3))
+            held.set()
+            await passes
+            assert tier.tidying is passes
+            assert [id for id, _ in await agent.listed()] == [snapshot(3)]
+
+    run(work)
+
+
 # -- whose snapshots, and which ------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -35,6 +36,7 @@ from holdfast.snapshot.layout import Layout
 from holdfast.snapshot.meshes import mesh_chunk, plain_chunk
 from holdfast.snapshot.partition import share
 from holdfast.snapshot.record import SnapshotId, new_nonce
+from holdfast.snapshot.selection import Selection
 from holdfast.snapshot.state import TrainingState, to_leaf
 from holdfast.tests.hooks.nodes import bits, bits_of_models, bits_of_optimizers
 from torch import nn
@@ -849,6 +851,24 @@ def test_extra_state_of_a_module_that_is_not_there(darkroom: Darkroom, which: st
     with pytest.raises(LayoutMismatch, match=r"extra.state"):
         darkroom.put_back(again.state)
     assert again.bits() == before
+
+
+def test_a_renaming_reaches_what_is_no_tensor() -> None:
+    """Extra state of modules, and optimizer state like counts, go with the tensors that they belong to."""
+    first, second = Silent(), Silent()
+    told: dict[int, Any] = {}
+    for module in (first, second):
+        module.set_extra_state = partial(told.__setitem__, id(module))  # type: ignore[method-assign]
+    line = nn.Linear(2, 2)
+    model = nn.ModuleDict({"old": first, "new": second, "line": line})
+    optimizer = torch.optim.SGD(line.parameters())
+    state = TrainingState({"": model}, {"": optimizer}, {})
+    values = {"state": {"optim.was.weight": {"turns": 3}}, "modules": {":old.": "a", ":other.": "b"}}
+    rename = {"model.old.": "model.new.", "optim.was.": "optim.line."}
+    state.apply_some(values, Selection(only=("model.new.*", "optim.*"), rename=rename))
+    assert told == {id(second): "a"}
+    assert optimizer.state[line.weight] == {"turns": 3}
+    assert line.bias not in optimizer.state
 
 
 # -- surveys -------------------------------------------------------------------------------------------------------------
