@@ -62,6 +62,19 @@ class Node:
         return (int(fields[11]) + int(fields[12])) / _TICKS
 
 
+def start_agent(rank: int, job: str, shm: Path) -> subprocess.Popen[str]:
+    """The agent of a node of its own, with one rank; ready. It logs beside *shm*."""
+    command = [
+        sys.executable, "-m", "holdfast", "agent", "--job", job, "--shm", str(shm), "--name", f"n{rank}",
+        "--domain", f"host=h{rank}", "--listen", f"127.0.1.{rank + 1}:0", "--idle-exit", "never",
+    ]  # fmt: skip
+    with Path(f"{shm}.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
+
+
 class Cluster:
     """Simulated nodes that protect each other. A context manager."""
 
@@ -92,24 +105,7 @@ class Cluster:
         shm = self._base / f"node{rank}"
         shm.mkdir(parents=True, mode=0o700)
         self._base.chmod(0o700)
-        command = [
-            sys.executable,
-            "-m",
-            "holdfast",
-            "agent",
-            "--job",
-            self._job,
-            "--shm",
-            str(shm),
-            "--name",
-            f"n{rank}",
-        ]
-        command += ["--domain", f"host=h{rank}", "--listen", f"127.0.1.{rank + 1}:0", "--idle-exit", "never"]
-        log = (self._base / f"node{rank}.log").open("w")
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-        log.close()
-        assert process.stdout is not None
-        process.stdout.readline()
+        process = start_agent(rank, self._job, shm)
         settings = NodeSettings.read({}, job=self._job, shm=str(shm))
         heard: queue.SimpleQueue[wire.FromAgent] = queue.SimpleQueue()
         said = hello(

@@ -16,8 +16,6 @@ import os
 import shutil
 import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import uuid
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from typing import Final
 
 import torch
 import torch.distributed as dist
+from cluster import start_agent
 from holdfast import Checkpointer
 from holdfast.agent.client import AgentClient
 from holdfast.agent.settings import NodeSettings
@@ -121,23 +120,8 @@ def _rank(plan: Plan, store: str, told: Connection) -> None:
     torch.set_num_threads(1)
     shm = Path(plan.base) / f"node{plan.rank}"
     shm.mkdir(parents=True, mode=0o700)
-    command = [
-        sys.executable,
-        "-m",
-        "holdfast",
-        "agent",
-        "--job",
-        plan.job,
-        "--shm",
-        str(shm),
-        "--name",
-        f"n{plan.rank}",
-    ]
-    command += ["--domain", f"host=h{plan.rank}", "--listen", f"127.0.1.{plan.rank + 1}:0", "--idle-exit", "never"]
-    agent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    agent = start_agent(plan.rank, plan.job, shm)
     try:
-        assert agent.stdout is not None
-        agent.stdout.readline()
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=plan.rank, world_size=plan.ranks)
         told.send(_measure(plan, shm, agent.pid))
         dist.barrier()
