@@ -17,7 +17,8 @@ setup: .venv/.ready
 demo: setup
 	$(BIN)/holdfast demo --kill trainer --kills 3 --ranks 2
 
-# Three processes, since some tests wait longer than they compute. HOLDFAST_THOROUGH=1 tries all places and pairs that these tests otherwise sample; it takes much longer.
+# Three processes, since some tests wait longer than they compute. HOLDFAST_THOROUGH=1 tries all places and pairs that
+# these tests otherwise sample; it takes much longer.
 test: setup
 	$(BIN)/python -m pytest -n 3 --dist worksteal -q
 

@@ -293,7 +293,7 @@ class Checkpointer:
             LayoutMismatch: the snapshot is of another model or optimizer; nothing is changed.
             SnapshotLost: there was one, and it cannot be had any more; says what is missing. If that only turned out while
                 it was read, the state is partly overwritten, as after all of these:
-            Corrupt, PeerFailed, DeadlinePassed, RestoreDiverged: the state is partly overwritten; do not train on it.
+            Corrupt, PeerFailed, DeadlinePassed, RestoreDiverged, AgentError, BudgetExceeded: do not train on that state.
         """
         began_s = time.perf_counter()
         selection = Selection(strict, (only,) if isinstance(only, str) else tuple(only), dict(rename or {}))
